@@ -1,0 +1,300 @@
+"""Config -> everything a run needs: architecture, tokenizer, mesh, roles, jitted steps, first state. Everything is checked here, before
+anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rl_reasoning import checkpoint, model, optim, rewards, sharding, tokenizer, train_step, weights
+from rl_reasoning.config import Config, ConfigError, Role, check, digest, flatten, from_mapping, plain
+from rl_reasoning.model import Arch, Net
+from rl_reasoning.objectives import OBJECTIVES
+from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.presets import PRESETS
+from rl_reasoning.structs import PyTree, TrainState
+
+
+class Run(NamedTuple):
+  """What stays the same during a run. `config` is resolved: every default filled in."""
+
+  config: Config
+  objective: Any
+  arch: Arch
+  tokenizer: tokenizer.Tokenizer
+  mesh: Mesh
+  steps: train_step.Steps
+  init: Any  # () -> TrainState, born sharded
+
+
+def is_run(path: str) -> bool:
+  return (pathlib.Path(path) / 'checkpoints').is_dir()
+
+
+def run_config(path: str) -> dict[str, Any]:
+  try:
+    return json.loads((pathlib.Path(path) / 'config.json').read_text())
+  except (OSError, json.JSONDecodeError) as error:
+    raise ConfigError(f'{path}/config.json: {error}') from None
+
+
+def resolve_arch(config: Config, keys_set: set[str]) -> Arch:
+  """The architecture: that of roles.policy.init where it names weights, else the preset with `model.arch` over it.
+
+  Refuses a preset or field set in the config that contradicts the weights.
+  """
+  source = config.roles.policy.init
+  check(config.model.preset in PRESETS, f"config key 'model.preset': {config.model.preset!r} is none of {', '.join(PRESETS)}")
+  wanted = {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}
+  from_mapping(Arch, config.model.arch | {k: v for k, v in wanted.items() if k not in config.model.arch}, 'model.arch.')
+  if not source:
+    return from_mapping(Arch, wanted, 'model.arch.')
+  check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
+  arch = from_mapping(Arch, run_config(source)['model']['arch']) if is_run(source) else weights.read_arch(source)
+  found = dataclasses.asdict(arch)
+  named = set(wanted) if 'model.preset' in keys_set else set(config.model.arch)
+  for key in sorted(named):
+    check(wanted[key] == found[key], f'config key model.{key}: {wanted[key]!r}, but {source} has {found[key]!r}')
+  return arch
+
+
+def resolve_tokenizer(role: Role) -> str:
+  if role.tokenizer:
+    return role.tokenizer
+  if not role.init:
+    return 'bytes'
+  return run_config(role.init)['roles']['policy']['tokenizer'] if is_run(role.init) else role.init
+
+
+def make_objective(config: Config):
+  """The objective dataclass from its mapping; unknown names and keys are refused."""
+  settings = dict(config.objective)
+  name = settings.get('name', 'sft')
+  check(name in OBJECTIVES, f"config key 'objective.name': {name!r} is none of {', '.join(OBJECTIVES)}")
+  cls = OBJECTIVES[name]
+  given = {}
+  if 'given' in {f.name for f in dataclasses.fields(cls)}:
+    names = config.rewards.functions
+    given['given'] = Given(names, config.rewards.weights or (1.0,) * len(names), config.rollout.max_completion_length)
+  try:
+    return from_mapping(cls, settings, 'objective.', **given)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+
+
+def inert(config: Config, objective) -> dict[str, str]:
+  """key -> why it cannot act in this config. A key that a config sets and that is here is refused; defaults here are only listed."""
+  dead: dict[str, str] = {}
+
+  def drop(prefix: str, why: str):
+    for key in flatten(dataclasses.asdict(config)):
+      if key == prefix or key.startswith(prefix + '.'):
+        dead[key] = why
+
+  rl = 'rollout' in objective.sources
+  if not rl and not config.eval.every:
+    drop('rollout', 'nothing is sampled: the objective learns from data and eval.every is 0')
+    drop('data.max_prompt_length', 'only rollouts take prompts; data rows are limited by data.max_length')
+  if not rl and config.eval.every:
+    drop('rollout.temperature', 'evaluators name their own temperature, and the objective samples nothing')
+    for key in ('top_k', 'top_p', 'min_p'):
+      drop(f'rollout.{key}', 'evaluators name their own truncation, and the objective samples nothing')
+  if not rl:
+    drop('rewards', 'the objective reads no rewards')  # evaluators judge by accuracy and format, whatever the rewards
+  if rl and 'data' not in objective.sources:
+    drop('data.max_length', 'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length')
+  if not config.eval.every:
+    drop('eval', 'eval.every is 0')
+    dead.pop('eval.every')
+  if config.roles.policy.init:
+    drop('model.preset', 'the architecture comes with roles.policy.init')
+  if config.optim.schedule == 'constant' and not config.optim.warmup_updates:
+    dead.pop('optim.schedule', None)
+  if not {'ref'} & {*objective.frozen, *objective.moving}:
+    drop('roles.ref', 'the objective keeps no reference (its coefficient is 0)')
+  else:
+    drop('roles.ref.tokenizer', 'the reference reads the tokens that the policy sampled')
+    drop('roles.ref.template', 'the reference reads the tokens that the policy sampled')
+  fields = {f.name for f in dataclasses.fields(objective)}
+  if 'beta' in fields and not objective.beta:
+    for key in ('kl_estimator', 'ref_model_sync_updates'):
+      dead[f'objective.{key}'] = 'objective.beta is 0'
+  if 'epsilon' in fields:
+    if objective.num_iterations * objective.num_minibatches == 1:
+      for key in ('epsilon', 'epsilon_high'):
+        dead[f'objective.{key}'] = 'one update a rollout: the ratio is 1 and is never clipped'
+  return dead
+
+
+def check_sizes(config: Config, objective, mesh: Mesh) -> None:
+  """Every batch divides over the mesh, and every split is even: an error here names key, number and divisor."""
+  devices = sharding.axis_size(mesh, 'rows')
+  prompts = config.data.batch_size
+  check(prompts % devices == 0,
+        f"config key 'data.batch_size': {prompts} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
+  if config.eval.every:
+    size = config.eval.batch_size
+    check(size % devices == 0,
+          f"config key 'eval.batch_size': {size} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
+  rows = prompts * sum(objective.sources.values())
+  check(rows % objective.num_minibatches == 0,
+        f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {objective.num_minibatches}")  # fmt: skip
+  update = rows // objective.num_minibatches
+  micro = config.optim.micro_batch or update
+  micro = min(micro, update)
+  check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
+  check(micro % (devices * objective.rows_together) == 0,
+        f"config key 'optim.micro_batch': {micro} rows do not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
+
+
+def batch_sizes(config: Config, objective) -> dict[str, int]:
+  """What a step holds, in one unit each: what --explain prints."""
+  per_prompt = sum(objective.sources.values())
+  rows = config.data.batch_size * per_prompt
+  update = rows // objective.num_minibatches
+  longest = config.data.max_prompt_length + config.rollout.max_completion_length
+  return {
+    'prompts_per_step': config.data.batch_size,
+    'completions_per_step': rows,
+    'updates_per_step': objective.num_iterations * objective.num_minibatches,
+    'completions_per_update': update,
+    'completions_per_micro_batch': min(config.optim.micro_batch or update, update),
+    'max_tokens_per_step': rows * (longest if 'rollout' in objective.sources else config.data.max_length),
+  }
+
+
+def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
+  """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act."""
+  objective = make_objective(config)
+  arch = resolve_arch(config, keys_set)
+  dead = inert(config, objective)
+  refused = [f'{key!r}: {dead[key]}' for key in sorted(keys_set) if key in dead]
+  check(not refused, 'config keys that cannot act here:\n  ' + '\n  '.join(refused))
+  if 'rollout' in objective.sources:
+    truncated = config.rollout.top_k or config.rollout.top_p < 1 or config.rollout.min_p > 0
+    check(not truncated, 'config section rollout: top_k, top_p and min_p must be off in training: the policy would be scored over another '
+          'distribution than it was sampled from (use them in an evaluator)')  # fmt: skip
+    check(config.rollout.temperature > 0, "config key 'rollout.temperature': 0 is greedy, which explores nothing")
+    check(bool(config.rewards.functions), "config key 'rewards.functions': empty, nothing would be learned")
+    for name in config.rewards.functions:
+      rewards.resolve(name)
+  settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
+  policy = dataclasses.replace(config.roles.policy, tokenizer=resolve_tokenizer(config.roles.policy))
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)),
+    roles=dataclasses.replace(config.roles, policy=policy),
+    objective=plain(settings),
+  )
+  return config, objective, arch
+
+
+def load_params(init: str, arch: Arch, key: jax.Array, shardings: PyTree) -> PyTree:
+  """Weights of a role, born in their shards: random, from a run of ours, or from a published checkpoint."""
+  if not init:
+    return jax.jit(model.init, static_argnums=1, out_shardings=shardings)(key, arch)
+  check(pathlib.Path(init).exists(), f'config section roles: init {init!r} does not exist')
+  if is_run(init):
+    return checkpoint.restore_params(init, 'policy', shardings=shardings)
+  return weights.load(init, arch, shardings)
+
+
+def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
+  def place(path, w: model.Weight):
+    return sharding.named(mesh, w.shape, w.axes, 'weight ' + jax.tree_util.keystr(path, simple=True, separator='/'))
+
+  return jax.tree_util.tree_map_with_path(place, model.weight_table(arch), is_leaf=model.is_weight)
+
+
+@jax.jit
+def fingerprint(params: PyTree) -> jax.Array:
+  """An integer of the weights' bits, exact on every mesh: tells whether frozen weights are those that the run began with."""
+  total = jnp.uint32(0)
+  for index, leaf in enumerate(jax.tree.leaves(params)):
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    total = total * jnp.uint32(31) + jnp.uint32(index) + jnp.sum(bits, dtype=jnp.uint32)
+  return total
+
+
+def build(config: Config, keys_set: set[str] | None = None) -> Run:
+  """Raises ConfigError for whatever the user got wrong."""
+  config, objective, arch = resolve(config, keys_set or set())
+  try:
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    shardings = param_shardings(mesh, arch)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  check_sizes(config, objective, mesh)
+  tok = tokenizer.load(config.roles.policy.tokenizer)
+  check(tok.vocab_size <= arch.vocab_size,
+        f'the tokenizer {config.roles.policy.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
+  updates = config.total_steps * objective.num_iterations * objective.num_minibatches
+  optimizer, schedule = optim.make(config.optim, updates)
+
+  def logp(params, rows, entropy=False):
+    temperature = jnp.where(rows.source_N == 0, config.rollout.temperature, 1.0)
+    return model.log_probs(
+      params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, entropy=entropy
+    )
+
+  nets = {role: Net(arch, logp) for role in ('policy', 'ref')}
+  shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
+  opt_shardings = optimizer_shardings(mesh, optimizer, shapes, shardings)
+  steps = train_step.make_steps(
+    objective, nets, optimizer, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
+    {'params': {'policy': shardings}, 'opt': {'policy': opt_shardings}},
+  )  # fmt: skip
+
+  def init() -> TrainState:
+    key = jax.random.key(config.seed)
+    params = load_params(config.roles.policy.init, arch, key, shardings)
+
+    def reference():
+      return load_params(config.roles.ref.init or config.roles.policy.init, arch, key, shardings)
+
+    return TrainState(
+      step=0,
+      cursor={'train': 0, 'num_tokens': 0},
+      updates=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
+      params={'policy': params},
+      opt={'policy': jax.jit(optimizer.init, out_shardings=opt_shardings)(params)},
+      aux=objective.init_aux(),
+      moving={role: reference() for role in objective.moving},
+      frozen={role: reference() for role in objective.frozen},
+    )
+
+  return Run(config, objective, arch, tok, mesh, steps, init)
+
+
+def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:
+  """The optimizer's moments lie as their parameters do; what is no copy of the parameters (a count) is replicated."""
+  import optax
+
+  state = jax.eval_shape(optimizer.init, shapes)
+  return optax.tree_map_params(
+    optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: sharding.replicated(mesh)
+  )
+
+
+def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
+  """Resolved config, hash, batch sizes, and what is inert: for --explain, sweeps and launchers."""
+  resolved, objective, arch = resolve(config, keys_set)
+  sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
+  return {
+    'config': plain(dataclasses.asdict(resolved)),
+    'hash': digest(dataclasses.asdict(resolved)),
+    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(sizes)),
+    'devices': devices,
+    'batch_sizes': batch_sizes(resolved, objective),
+    'inert_defaults': inert(config, objective),
+  }

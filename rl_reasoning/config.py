@@ -1,0 +1,284 @@
+"""One frozen dataclass a config section; reading, overriding, checking and hashing of configs.
+
+A config file defines `get_config(**arguments)` and returns a mapping (a dict or an ml_collections ConfigDict) of the keys it SETS; all
+others keep the defaults below. `--config=file.py:objective=sft,size=2` passes arguments; `--config.optim.learning_rate=1e-4` overrides.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+  """The user's error: printed without a traceback, exit code 2."""
+
+
+def check(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  preset: str = 'tiny'  # a name of presets.PRESETS; ignored keys are errors, see build.py
+  arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of model.Arch that differ from the preset
+  dtype: str = 'float32'  # compute; parameters and optimizer are float32
+  remat: str = 'none'  # none | dots | full: what the backward pass recomputes
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  init: str = ''  # '' random, or a run's workdir, a Hugging Face folder, a .gguf file
+  tokenizer: str = ''  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file
+  template: str = 'plain'  # a name of tokenizer.TEMPLATES, 'chat', or a text with {prompt}
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+  policy: Role = Role()
+  ref: Role = Role()  # init '': the policy's own start
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  task: str = 'arithmetic'  # a name of tasks.TASKS: what is asked and how rows are made
+  path: str = ''  # folder or file of tasks that read one; '' the hub's name of the task
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the task's own keyword arguments
+  train_size: int = 0  # rows of the training split; 0: all there are (procedural tasks need a number)
+  batch_size: int = 32  # prompts a step
+  max_prompt_length: int = 128  # tokens; a longer prompt is an error that names the row
+  max_length: int = 256  # tokens of prompt and completion from data (SFT)
+  cache_dir: str = '~/.cache/rl_reasoning/data'  # prepared ArrayRecord files
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  max_completion_length: int = 128  # tokens, the end token included
+  temperature: float = 1.0  # 0 is greedy
+  top_k: int = 0  # 0: off
+  top_p: float = 1.0
+  min_p: float = 0.0
+  chunk: int = 32  # first size of the completion cache; it doubles as completions grow
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+  functions: tuple[str, ...] = ('accuracy', 'format')  # names of rewards.REWARDS or 'module:function'
+  weights: tuple[float, ...] = ()  # empty: all 1
+  on_error: str = 'raise'  # raise | none: what a crash of a reward function does
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  name: str = 'adamw'  # getattr(optax, name)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its keyword arguments: b1, b2, weight_decay, ...
+  learning_rate: float = 1e-4  # the peak
+  schedule: str = 'constant'  # constant | linear | cosine, after the warm-up, to zero at the last update
+  warmup_updates: int = 0
+  grad_clip: float = 1.0  # global norm; 0: off
+  micro_batch: int = 0  # rows a micro-batch over all devices; 0: the whole batch at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSizes:
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  every: int = 0  # steps; 0: never
+  size: int = 200  # problems of the test split
+  batch_size: int = 64  # prompts at once
+  seed: int = 0  # of sampling evaluators
+  evaluators: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> options, see evaluate.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  every: int = 100  # steps; the last step is always saved
+  keep: int = 2  # how many of the newest stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  seed: int = 0
+  total_steps: int = 100
+  log_every: int = 1
+  model: Model = Model()
+  roles: Roles = Roles()
+  data: Data = Data()
+  objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {'name': 'sft'})  # fields: objectives/
+  rollout: Rollout = Rollout()
+  rewards: Rewards = Rewards()
+  optim: Optim = Optim()
+  mesh: MeshSizes = MeshSizes()
+  eval: Eval = Eval()
+  checkpoint: Checkpoint = Checkpoint()
+
+
+# What must be positive, and what may be zero. Checked once here, so that no module has to.
+POSITIVE = ['total_steps', 'log_every', 'data.batch_size', 'data.max_prompt_length', 'data.max_length', 'rollout.max_completion_length', 'rollout.chunk', 'optim.learning_rate', 'eval.size', 'eval.batch_size', 'checkpoint.every', 'checkpoint.keep']
+NOT_NEGATIVE = ['seed', 'data.train_size', 'rollout.temperature', 'rollout.top_k', 'rollout.min_p', 'optim.warmup_updates', 'optim.grad_clip', 'optim.micro_batch', 'eval.every', 'eval.seed']
+CHOICES = {
+  'model.dtype': ('float32', 'bfloat16'),
+  'model.remat': ('none', 'dots', 'full'),
+  'rewards.on_error': ('raise', 'none'),
+  'optim.schedule': ('constant', 'linear', 'cosine'),
+}
+
+
+def parse_value(text: str) -> Any:
+  """A Python literal where it is one (1e-4, True, ('a', 'b')), else the text itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+
+
+def read_file(spec: str) -> dict[str, Any]:
+  """'file.py:name=value,name=value' -> the nested dict that its get_config(**arguments) returns."""
+  path, _, text = spec.partition(':')
+  arguments = {}
+  for item in filter(None, text.split(',')):
+    name, equals, value = item.partition('=')
+    check(bool(equals), f'--config={spec}: {item!r} is not name=value')
+    arguments[name] = parse_value(value)
+  check(pathlib.Path(path).is_file(), f'--config: no file {path!r}')
+  module = types.ModuleType(pathlib.Path(path).stem)
+  module.__file__ = path
+  exec(compile(pathlib.Path(path).read_text(), path, 'exec'), module.__dict__)
+  check(hasattr(module, 'get_config'), f'{path}: defines no get_config')
+  try:
+    result = module.get_config(**arguments)
+  except TypeError as error:
+    if 'get_config' in str(error):
+      raise ConfigError(f'--config={spec}: {error}') from None
+    raise
+  return plain(result)
+
+
+def plain(value: Any) -> Any:
+  """Mappings (ConfigDict included) to dicts, lists to tuples: what compares, hashes and prints one way."""
+  if hasattr(value, 'to_dict'):
+    value = value.to_dict()
+  if isinstance(value, Mapping):
+    return {str(k): plain(v) for k, v in value.items()}
+  return tuple(plain(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def merge(base: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested union; `other` wins key by key, so overriding one key keeps the rest of its section."""
+  result = dict(base)
+  for key, value in other.items():
+    both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+    result[key] = merge(result[key], value) if both else value
+  return result
+
+
+def override(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+  """One dotted key: override(c, 'optim.learning_rate', 1e-4)."""
+  first, *rest = key.split('.')
+  nested: Any = value
+  for name in reversed(rest):
+    nested = {name: nested}
+  return merge(settings, {first: nested})
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  result = {}
+  for key, value in settings.items():
+    if isinstance(value, Mapping) and value:
+      result.update(flatten(value, f'{prefix}{key}.'))
+    else:
+      result[prefix + key] = value
+  return result
+
+
+def coerce(value: Any, kind: Any, key: str) -> Any:
+  """`value` as a field of type `kind`, or ConfigError naming the key. An int is a float; nothing else converts by itself."""
+  if dataclasses.is_dataclass(kind):
+    check(isinstance(value, Mapping), f'config key {key!r}: {value!r} is not a section')
+    return from_mapping(typing.cast(type, kind), value, key + '.')
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple:
+    check(isinstance(value, (tuple, list)), f'config key {key!r}: {value!r} is not a tuple, write ({value!r},)')
+    return tuple(coerce(v, arguments[0], f'{key}[{i}]') for i, v in enumerate(value))
+  if origin in (typing.Union, types.UnionType):
+    return None if value is None else coerce(value, next(a for a in arguments if a is not type(None)), key)
+  if origin is not None and issubclass(origin, Mapping):
+    check(isinstance(value, Mapping), f'config key {key!r}: {value!r} is not a mapping')
+    return plain(value)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+  check(right, f'config key {key!r}: {value!r} is not of type {kind.__name__}')
+  check(not isinstance(value, float) or math.isfinite(value), f'config key {key!r}: {value!r} is not finite')
+  return value
+
+
+def from_mapping(cls: type, settings: Mapping[str, Any], prefix: str = '', **given: Any) -> Any:
+  """A frozen dataclass from a mapping. An unknown key is refused with the nearest known one; `given` fields are no keys."""
+  kinds = typing.get_type_hints(cls)
+  fields = {f.name for f in dataclasses.fields(cls)} - set(given)
+  for key in settings:
+    if key not in fields:
+      near = difflib.get_close_matches(key, sorted(fields), 1)
+      hint = f'; did you mean {prefix + near[0]!r}?' if near else f'; known here: {", ".join(sorted(fields))}'
+      raise ConfigError(f'config key {prefix + key!r} is unknown{hint}')
+  return cls(**{key: coerce(value, kinds[key], prefix + key) for key, value in settings.items()}, **given)
+
+
+def resolve(settings: Mapping[str, Any]) -> Config:
+  """The whole config, checked key by key. Raises ConfigError."""
+  config = from_mapping(Config, settings)
+  values = flatten(to_dict(config))
+  for key in POSITIVE:
+    check(values[key] > 0, f'config key {key!r}: {values[key]} must be positive')
+  for key in NOT_NEGATIVE:
+    check(values[key] >= 0, f'config key {key!r}: {values[key]} must not be negative')
+  for key, choices in CHOICES.items():
+    check(values[key] in choices, f'config key {key!r}: {values[key]!r} is none of {", ".join(choices)}')
+  check(0 < config.rollout.top_p <= 1, f"config key 'rollout.top_p': {config.rollout.top_p} is not in (0, 1]")
+  check(config.rollout.min_p < 1, f"config key 'rollout.min_p': {config.rollout.min_p} is not in [0, 1)")
+  weights, functions = config.rewards.weights, config.rewards.functions
+  check(
+    not weights or len(weights) == len(functions),
+    f"config key 'rewards.weights': {len(weights)} weights for {len(functions)} functions",
+  )
+  return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  return plain(dataclasses.asdict(config))
+
+
+def to_json(config: Any) -> str:
+  return json.dumps(to_dict(config), indent=1, sort_keys=True)
+
+
+def digest(settings: Any) -> str:
+  """Twelve hex digits of anything JSON can say; the same for equal content, whatever the order of keys."""
+  return hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """'key: old -> new' for every key in which two configs differ (both as read back from JSON)."""
+  old, new = flatten(plain(old)), flatten(plain(new))
+  missing = object()
+  return [
+    f'{key}: {old.get(key, "absent")!r} -> {new.get(key, "absent")!r}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key, missing) != new.get(key, missing)
+  ]

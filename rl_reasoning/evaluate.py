@@ -1,0 +1,123 @@
+"""Evaluators: held-out problems -> completions -> accuracy, format, length, pass@k. Named in the config:
+
+  eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rl_reasoning import data, rollout
+from rl_reasoning.build import Run
+from rl_reasoning.config import ConfigError, Rollout, check, from_mapping
+from rl_reasoning.rewards import REWARDS
+from rl_reasoning.structs import PyTree
+from rl_reasoning.tokenizer import render_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  prefix: str = ''  # appended to every prompt: '<think>' forces the chain
+  num_samples: int = 1
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  max_completion_length: int = 0  # 0: that of the rollout section
+
+  def __post_init__(self):
+    if self.num_samples > 1 and self.temperature == 0:
+      raise ConfigError('an evaluator with num_samples > 1 needs a temperature above 0: greedy samples are all equal')
+
+
+def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
+  for name, options in settings.items():
+    check(isinstance(options, Mapping), f"config key 'eval.evaluators.{name}': {options!r} is not a mapping")
+  return {name: from_mapping(Evaluator, options, f'eval.evaluators.{name}.') for name, options in settings.items()}
+
+
+def pass_at_k(num_samples: int, correct: int, k: int) -> float:
+  """Unbiased estimate of the chance that one of k samples is right: 1 - C(n - c, k) / C(n, k) (2107.03374)."""
+  return 1.0 - math.comb(num_samples - correct, k) / math.comb(num_samples, k)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+  """Mean and its standard error over problems."""
+  x = np.asarray(values, np.float64)
+  return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else float('nan')
+
+
+def evaluate(run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator) -> tuple[dict[str, float], list[dict]]:
+  """(metrics, samples). Accuracy is whether the answer is right whatever the format; strict accuracy asks for the format too.
+
+  Tokens are a function of (eval.seed, problem, member): an evaluation repeats exactly.
+  """
+  config, tok, n = run.config, run.tokenizer, evaluator.num_samples
+  template, batch_size = config.roles.policy.template, config.eval.batch_size
+  settings = Rollout(
+    max_completion_length=evaluator.max_completion_length or config.rollout.max_completion_length,
+    temperature=evaluator.temperature, top_k=evaluator.top_k, top_p=evaluator.top_p, min_p=evaluator.min_p,
+    chunk=config.rollout.chunk,
+  )  # fmt: skip
+  texts = [render_prompt(row['prompt'], template, tok) + evaluator.prefix for row in rows]
+  prompts = [tok.encode(text) for text in texts]
+  samples: list[dict] = []
+  for start in range(0, len(rows), batch_size):
+    ids = list(range(start, min(start + batch_size, len(rows))))
+    padded = ids + [ids[-1]] * (batch_size - len(ids))  # one compiled shape, and rows that divide over the mesh
+    rolled = rollout.generate(
+      params, run.arch, [prompts[i] for i in padded], settings=settings, group=n, end_ids=tok.end_ids,
+      key=jax.random.key(config.eval.seed), dtype=config.model.dtype, mesh=run.mesh, prompt_ids=padded,
+    )  # fmt: skip
+    for row in range(len(ids) * n):
+      tokens = rolled.tokens_NC[row, : rolled.length_N[row]].tolist()
+      samples.append({
+        'problem': ids[row // n],
+        'prompt': texts[ids[row // n]],
+        'completion': tok.decode(tokens),
+        'length': len(tokens),
+        'truncated': bool(rolled.truncated_N[row]),
+      })  # fmt: skip
+  arguments = {
+    'prompts': [s['prompt'] for s in samples],
+    'completions': [s['completion'] for s in samples],
+    'completion_ids': [None] * len(samples),
+    **{k: [rows[s['problem']].get(k) for s in samples] for k in rows[0] if k != 'prompt'},
+  }
+  accuracy, form = REWARDS['accuracy'](**arguments), REWARDS['format'](**arguments)
+  judged = [a is not None for a in accuracy]
+  check(any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked')
+  for sample, a, f in zip(samples, accuracy, form, strict=True):
+    sample.update(accuracy=a, format=f)
+  per_problem = np.asarray([a or 0.0 for a in accuracy]).reshape(-1, n)
+  keep = np.asarray(judged).reshape(-1, n).all(axis=1)
+  per_problem, form = per_problem[keep], np.asarray(form, np.float64).reshape(-1, n)[keep]
+  result = {'problems': float(keep.sum())}
+  result['accuracy'], result['accuracy_stderr'] = mean_and_error(per_problem.mean(axis=1))
+  result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error((per_problem * form).mean(axis=1))
+  result['format'] = float(form.mean())
+  result['length'] = float(np.mean([s['length'] for s in samples]))
+  result['truncated'] = float(np.mean([s['truncated'] for s in samples]))
+  for k in (2**i for i in range(1, n.bit_length()) if 2**i <= n):
+    values = [pass_at_k(n, int(c), k) for c in per_problem.sum(axis=1)]
+    result[f'pass@{k}'], result[f'pass@{k}_stderr'] = mean_and_error(values)
+  return result, samples
+
+
+def evaluate_all(run: Run, params: PyTree, rows: Sequence[dict]) -> dict[str, dict[str, float]]:
+  """evaluator name -> metrics."""
+  evaluators = make_evaluators(run.config.eval.evaluators)
+  return {name: evaluate(run, params, rows, name, evaluator)[0] for name, evaluator in evaluators.items()}
+
+
+def test_problems(run: Run) -> Sequence[dict]:
+  """The first `eval.size` problems of the test split; procedural tasks draw them by `eval.seed`."""
+  config = run.config
+  source = data.load(config.data, 'test', config.eval.seed, config.eval.size)
+  return [source[i] for i in range(min(config.eval.size, len(source)))]

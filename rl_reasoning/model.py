@@ -1,0 +1,296 @@
+"""Decoder-only transformer of the Llama family as pure functions on a stacked pytree.
+
+One weight table (`weight_table`) says, per weight: shape, logical axes, initial scale and Hugging Face name. Init, shapes, shardings and
+loading are maps over it. One `block` serves training, prefill and decode; what differs is the `attend` function handed to it.
+Sources: Llama (2302.13971), GQA (2305.13245), RoPE (2104.09864), Qwen3 q/k norm (2505.09388).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl_reasoning.sharding import constrain
+from rl_reasoning.structs import Array, Batch, PyTree
+
+NEG_INF = -1e30  # finite: a row that attends to nothing must not become NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+  """Architecture record. Field names follow Hugging Face's config.json."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  rope_theta: float = 10_000.0
+  rms_norm_eps: float = 1e-5
+  tie_word_embeddings: bool = True
+  qkv_bias: bool = False  # Qwen2
+  qk_norm: bool = False  # Qwen3
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type in ('int', 'float') and not value > 0:
+        raise ValueError(f'model.{field.name}: {value} must be positive')
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ValueError(
+        f'model.num_attention_heads: {self.num_attention_heads} is not a multiple of '
+        f'num_key_value_heads {self.num_key_value_heads}'
+      )
+    if self.head_dim % 2:
+      raise ValueError(f'model.head_dim: {self.head_dim} must be even, rotary embedding turns pairs')
+
+
+class Weight(NamedTuple):
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]  # logical axes, see sharding.RULES
+  scale: float  # standard deviation at init; 0 means zeros, -1 means ones
+  hf: str  # Hugging Face name; '{}' is the layer
+  fan_in: int = 0  # how many leading axes (after the layer) are inputs; Hugging Face stores [out, in]
+
+
+def weight_table(arch: Arch) -> dict[str, dict[str, Weight] | Weight]:
+  """name -> Weight, layers stacked on the first axis. Residual outputs start smaller by sqrt(2 L) (GPT-2)."""
+  a, L, D, H = arch, arch.num_hidden_layers, arch.hidden_size, arch.head_dim
+  heads, K, F = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size
+  std, out = D**-0.5, (2 * L) ** -0.5
+  attn, mlp = 'model.layers.{}.self_attn.', 'model.layers.{}.mlp.'
+  layers = {
+    'attn_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.input_layernorm.weight'),
+    'q': Weight((L, D, heads, H), ('layer', 'embed', 'heads', None), std, attn + 'q_proj.weight', 1),
+    'k': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'k_proj.weight', 1),
+    'v': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'v_proj.weight', 1),
+    'o': Weight((L, heads, H, D), ('layer', 'heads', None, 'embed'), (heads * H) ** -0.5 * out, attn + 'o_proj.weight', 2),
+    'mlp_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.post_attention_layernorm.weight'),
+    'gate': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'gate_proj.weight', 1),
+    'up': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'up_proj.weight', 1),
+    'down': Weight((L, F, D), ('layer', 'mlp', 'embed'), F**-0.5 * out, mlp + 'down_proj.weight', 1),
+  }
+  if a.qkv_bias:
+    layers['q_bias'] = Weight((L, heads, H), ('layer', 'heads', None), 0, attn + 'q_proj.bias')
+    layers['k_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'k_proj.bias')
+    layers['v_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'v_proj.bias')
+  if a.qk_norm:
+    layers['q_norm'] = Weight((L, H), ('layer', None), -1, attn + 'q_norm.weight')
+    layers['k_norm'] = Weight((L, H), ('layer', None), -1, attn + 'k_norm.weight')
+  table: dict[str, Any] = {
+    'embed': Weight((a.vocab_size, D), ('vocab', 'embed'), std, 'model.embed_tokens.weight'),
+    'layers': layers,
+    'final_norm': Weight((D,), (None,), -1, 'model.norm.weight'),
+  }
+  if not a.tie_word_embeddings:
+    table['lm_head'] = Weight((a.vocab_size, D), ('vocab', 'embed'), std, 'lm_head.weight')
+  return table
+
+
+def is_weight(x) -> bool:
+  return isinstance(x, Weight)
+
+
+def init(key: jax.Array, arch: Arch) -> PyTree:
+  """Random float32 weights. Each weight has a key of its own path, so adding one leaves the others as they were."""
+  def make(path, w: Weight):
+    if w.scale == -1:
+      return jnp.ones(w.shape, jnp.float32)
+    if w.scale == 0:
+      return jnp.zeros(w.shape, jnp.float32)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return w.scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), w.shape, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(make, weight_table(arch), is_leaf=is_weight)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+  """Statistics in float32 whatever the compute dtype, as every published checkpoint of the family was trained."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotate(x: Array, sin: Array, cos: Array) -> Array:
+  """Rotary embedding on [N, T, heads, H], half-split layout (Hugging Face's). sin, cos: [N, T, 1, H / 2] float32."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rope_angles(arch: Arch, position_NT: Array) -> tuple[Array, Array]:
+  half = arch.head_dim // 2
+  frequency = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = position_NT[..., None, None].astype(jnp.float32) * frequency
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def project_qkv(arch: Arch, w: dict[str, Array], x: Array) -> tuple[Array, Array, Array]:
+  """[N, T, D] -> q [N, T, heads, H], k and v [N, T, K, H]; one matmul where `fuse` joined the weights."""
+  heads, K, H = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
+  if 'qkv' in w:
+    qkv = (x @ w['qkv']).reshape(*x.shape[:-1], heads + 2 * K, H)
+    q, k, v = qkv[..., :heads, :], qkv[..., heads : heads + K, :], qkv[..., heads + K :, :]
+  else:
+    q, k, v = (jnp.einsum('ntd,dkh->ntkh', x, w[name]) for name in ('q', 'k', 'v'))
+  if arch.qkv_bias:
+    q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
+  if arch.qk_norm:
+    q, k = rms_norm(q, w['q_norm'], arch.rms_norm_eps), rms_norm(k, w['k_norm'], arch.rms_norm_eps)
+  return q, k, v
+
+
+def block(arch: Arch, w: dict[str, Array], x: Array, rope: tuple[Array, Array], attend: Callable) -> tuple[Array, Any]:
+  """One layer. `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants back (a cache, or None)."""
+  q, k, v = project_qkv(arch, w, rms_norm(x, w['attn_norm'], arch.rms_norm_eps))
+  out, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
+  x = x + jnp.einsum('ntkh,khd->ntd', out, w['o'])
+  y = rms_norm(x, w['mlp_norm'], arch.rms_norm_eps)
+  if 'gate_up' in w:
+    gate, up = jnp.split(y @ w['gate_up'], 2, axis=-1)
+  else:
+    gate, up = y @ w['gate'], y @ w['up']
+  return x + (jax.nn.silu(gate) * up) @ w['down'], kept
+
+
+def causal_attention(arch: Arch, position_NT: Array, segment_NT: Array) -> Callable:
+  """Attention within a segment, to positions not after one's own; float32 softmax. Padding is segment 0 and reads only padding."""
+  mask = (segment_NT[:, :, None] == segment_NT[:, None, :]) & (position_NT[:, :, None] >= position_NT[:, None, :])
+  bias = jnp.where(mask, 0.0, NEG_INF)[:, None, None]  # [N, 1, 1, T, S]
+
+  def attend(q, k, v):
+    N, T, heads, H = q.shape
+    q = q.reshape(N, T, arch.num_key_value_heads, -1, H)
+    scores = jnp.einsum('ntkqh,nskh->nkqts', q, k).astype(jnp.float32) * H**-0.5 + bias
+    out = jnp.einsum('nkqts,nskh->ntkqh', jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(N, T, heads, H), (k, v)
+
+  return attend
+
+
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def forward(
+  params: PyTree,
+  arch: Arch,
+  tokens: Array,
+  segment_NT: Array,
+  position_NT: Array,
+  *,
+  dtype: str = 'float32',
+  remat: str = 'none',
+  keep_cache: bool = False,
+) -> tuple[Array, dict[str, Any]]:
+  """Hidden states [N, T, D] before the head, after the final norm. `extras['cache']`: k and v [L, N, T, K, H] where asked for."""
+  attend = causal_attention(arch, position_NT, segment_NT)
+  rope = rope_angles(arch, position_NT)
+  x = constrain(embed(params, tokens, dtype), 'rows', None, None)
+
+  def layer(x, w):
+    w = jax.tree.map(lambda p: p.astype(dtype), w)
+    x, kept = block(arch, w, x, rope, attend)
+    return constrain(x, 'rows', None, None), kept if keep_cache else None
+
+  if REMAT[remat] is not None:
+    layer = jax.checkpoint(layer, policy=REMAT[remat])
+  x, cache = jax.lax.scan(layer, x, params['layers'])
+  return rms_norm(x, params['final_norm'].astype(dtype), arch.rms_norm_eps), {'cache': cache} if keep_cache else {}
+
+
+def embed(params: PyTree, tokens: Array, dtype: str) -> Array:
+  return params['embed'].astype(dtype)[tokens]
+
+
+def head(params: PyTree) -> Array:
+  """[V, D]: the output matrix, which is the embedding itself where tied."""
+  return params['lm_head'] if 'lm_head' in params else params['embed']
+
+
+def logits(hidden: Array, head_VD: Array) -> Array:
+  """float32 logits: a bfloat16 softmax moves log-probabilities by more than a policy update does."""
+  return jnp.einsum('...d,vd->...v', hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=('arch', 'dtype', 'fuse'))
+def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[dict[str, Array], ...]:
+  """Per-layer weights for the unrolled decode loop, made once a rollout. `fuse` joins q/k/v and gate/up into one matmul each
+  (7 to 8 % of a decode step on CPU); off under tensor parallelism, where the joined axis would mix shards."""
+  layers = []
+  for index in range(arch.num_hidden_layers):
+    w = {name: p[index].astype(dtype) for name, p in params['layers'].items()}
+    if fuse:
+      D = arch.hidden_size
+      w['qkv'] = jnp.concatenate([w.pop(n).reshape(D, -1) for n in ('q', 'k', 'v')], axis=-1)
+      w['gate_up'] = jnp.concatenate([w.pop('gate'), w.pop('up')], axis=-1)
+    layers.append(w)
+  return tuple(layers)
+
+
+CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
+
+
+def log_probs(
+  params: PyTree,
+  arch: Arch,
+  batch: Batch,
+  temperature_N: Array | float = 1.0,
+  *,
+  dtype: str = 'float32',
+  remat: str = 'none',
+  entropy: bool = False,
+) -> tuple[Array, Array | None]:
+  """Log-probability [N, T] of every token given those before it in its segment (0 where there is none), and the entropy [N, T] of the
+  distribution it was drawn from (no gradient), both under softmax(logits / temperature) over the whole vocabulary, float32.
+
+  The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
+  """
+  hidden, _ = forward(params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat)
+  N, T, D = hidden.shape
+  target = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+  scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), (N,))[:, None, None]
+  W = head(params)
+
+  def chunk(hidden, target):
+    scores = constrain(logits(hidden, W) * scale, 'rows', None, 'vocab')
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - lse
+    if not entropy:
+      return logp, jnp.zeros_like(logp)
+    fixed = jax.lax.stop_gradient(scores - lse[..., None])
+    return logp, -jnp.sum(jnp.exp(fixed) * fixed, axis=-1)
+
+  size = max(1, min(T, CHUNK_ELEMENTS // (N * arch.vocab_size)))
+  if size >= T:
+    logp, spread = chunk(hidden, target)
+  else:
+    pieces = -(-T // size)
+
+    def split(x):  # [N, T, ...] -> [pieces, N, size, ...]
+      x = jnp.pad(x, ((0, 0), (0, pieces * size - T)) + ((0, 0),) * (x.ndim - 2))
+      return jnp.moveaxis(x.reshape(N, pieces, size, *x.shape[2:]), 1, 0)
+
+    logp, spread = jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden), split(target)))
+    logp, spread = (jnp.moveaxis(x, 0, 1).reshape(N, -1)[:, :T] for x in (logp, spread))
+  # Row t of `logp` speaks of token t + 1: shift, and blank what starts a segment or is padding.
+  known = (batch.segment_NT > 0) & (batch.position_NT > 0)
+  logp, spread = (jnp.where(known, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0) for x in (logp, spread))
+  return logp, spread if entropy else None
+
+
+class Net(NamedTuple):
+  """A role's network as the objectives see it. `logp(params, rows, entropy=False)` is `log_probs` with everything else filled in."""
+
+  arch: Arch
+  logp: Callable[..., tuple[Array, Array | None]]

@@ -1,0 +1,19 @@
+"""OBJECTIVES: every setting that `objective.name` may pick. An objective is a frozen dataclass whose fields are its config keys.
+
+What train_step and collect ask of it (see design in the README):
+  trainable, frozen, moving   roles with gradients / only read / read and synchronised
+  rows_together               rows that no split may separate
+  sources                     rows per prompt from 'rollout' and from 'data'
+  num_updates                 optimizer updates a step
+  init_aux() -> aux
+  score(nets, params, frozen, rows) -> rows
+  prepare(aux, batch) -> batch, aux, metrics
+  loss(nets, params, frozen, aux, batch) -> scalar, metrics
+  adapt(aux, metrics) -> aux
+`given` is no key: build.py puts there what an objective reads of other sections.
+"""
+
+from rl_reasoning.objectives.grpo import Grpo
+from rl_reasoning.objectives.sft import Sft
+
+OBJECTIVES = {'sft': Sft, 'grpo': Grpo}

@@ -1,0 +1,76 @@
+"""Many runs: named stages, in order, finished ones skipped.
+
+  python -m rl_reasoning.pipeline --config=configs/demo.py --workdir=runs/demo [--overwrite]
+
+A pipeline config's get_config returns {'stages': {name: train config}}; '{workdir}' in a text is the pipeline's own workdir, so that a
+stage starts from another's checkpoint by `roles.policy.init = '{workdir}/base'`.
+"""
+
+if __name__ == '__main__':
+  from rl_reasoning import environment
+
+  environment.restart_with_huge_pages('rl_reasoning.pipeline')
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from rl_reasoning import config as config_lib, environment, metrics, train
+from rl_reasoning.config import ConfigError, check
+
+
+def fill(value: Any, workdir: str) -> Any:
+  if isinstance(value, Mapping):
+    return {k: fill(v, workdir) for k, v in value.items()}
+  return value.replace('{workdir}', workdir) if isinstance(value, str) else value
+
+
+def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = False) -> dict[str, Any]:
+  """Runs what is not finished; returns and writes summary.json: per stage, and as 'final' for the last, its last evaluation."""
+  check(bool(stages), "pipeline: 'stages' is empty")
+  resolved = {name: (config_lib.resolve(fill(s, workdir)), set(config_lib.flatten(s))) for name, s in stages.items()}
+  result: dict[str, Any] = {}
+  for name, (config, keys_set) in resolved.items():
+    print(f'== stage {name}', flush=True)
+    began = time.time()
+    summary = train.train(config, f'{workdir}/{name}', keys_set=keys_set, overwrite=overwrite)
+    evaluators = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
+    first = next(iter(evaluators.values()), {})
+    result[name] = {**first, 'evaluators': evaluators, 'wall_s': summary['wall_s']}
+    print(f'== stage {name}: done in {time.time() - began:.0f} s', flush=True)
+  result['final'] = result[next(reversed(resolved))]
+  train.write_atomically(epath.Path(workdir) / 'summary.json', json.dumps(result, indent=1))
+  return result
+
+
+def main(argv: list[str]) -> int:
+  flags = dict(a.removeprefix('--').partition('=')[::2] for a in argv)
+  try:
+    unknown = set(flags) - {'config', 'workdir', 'overwrite'}
+    check(not unknown, f'flags {sorted(unknown)} are unknown')
+    check(bool(flags.get('config')) and bool(flags.get('workdir')), '--config=FILE.py and --workdir=DIR are needed')
+    environment.cache_compilations()
+    settings = config_lib.read_file(flags['config'])
+    check(set(settings) == {'stages'}, f"{flags['config']}: a pipeline config has the one key 'stages'")
+    result = run_pipeline(settings['stages'], flags['workdir'], 'overwrite' in flags)
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except train.Diverged as error:
+    print(f'diverged: {error}', file=sys.stderr)
+    return 3
+  rows = []
+  for stage, entry in result.items():
+    if stage != 'final':
+      rows += [[stage, *row[1:]] for row in train.evaluation_rows([{'step': 0, 'evaluators': entry['evaluators']}])]
+  metrics.summary_table(flags['workdir'], ('stage', *train.EVALUATION_COLUMNS[1:]), rows)
+  print(f'curves: {flags["workdir"]}/*/curves.png, samples: {flags["workdir"]}/*/completions/')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""Completions from a policy: prefill once a prompt, share its keys and values among the group, decode in jitted loops.
+
+Prompts are padded on the left, so that all rows of a batch write the same cache slot at the same time. The completion cache doubles as
+completions grow (`rollout.chunk` first): attention reads what is filled, and a batch that ends early never pays for the limit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rl_reasoning import config as config_lib, model, sampling, sharding
+from rl_reasoning.structs import Array, PyTree, Rollout
+
+
+class Decoder(NamedTuple):
+  """What is static in a rollout: hashable, one compilation each."""
+
+  arch: model.Arch
+  dtype: str
+  fuse: bool
+  end_ids: tuple[int, ...]
+  settings: config_lib.Rollout
+  group: int  # completions a prompt
+
+  def pick(self, logits_BGV: Array, u_BG: Array) -> tuple[Array, Array]:
+    s = self.settings
+    token, logp = sampling.sample(
+      logits_BGV.reshape(-1, logits_BGV.shape[-1]), u_BG.reshape(-1),
+      temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p,
+    )  # fmt: skip
+    return token.reshape(u_BG.shape), logp.reshape(u_BG.shape)
+
+  def is_end(self, token: Array) -> Array:
+    return jnp.isin(token, jnp.asarray(self.end_ids, jnp.int32))
+
+
+class Decoding(NamedTuple):
+  """State of the decode loop; leading axes [B, G]."""
+
+  t: Array  # tokens sampled so far
+  tokens: Array  # [B, G, C]
+  logp: Array  # [B, G, C]
+  done: Array  # bool [B, G]
+  cache: tuple  # per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU
+
+
+def size_class(length: int) -> int:
+  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 192, ... Few shapes to compile, at most a third of padding."""
+  size = 16
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 and size >= 32 else (size // 3 * 4 if size >= 48 else size * 2)
+  return size
+
+
+def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Array:
+  """[B, G, C] uniform numbers, a function of (key, prompt id, member, token): not of the batch or the devices."""
+
+  def row(prompt_id, member):
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, prompt_id), member), (length,))
+
+  return jax.vmap(lambda b: jax.vmap(lambda g: row(b, g))(jnp.arange(group)))(prompt_ids_B)
+
+
+@functools.partial(jax.jit, static_argnames=('decoder',))
+def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array, u_BGC: Array) -> tuple[tuple, Decoding]:
+  """Prompt cache per layer, and the first sampled token of each row."""
+  arch, (B, P), (_, G, C) = decoder.arch, prompts_BP.shape, u_BGC.shape
+  position = jnp.maximum(jnp.cumsum(valid_BP, axis=1) - 1, 0)
+  hidden, extras = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
+  k, v = extras['cache']  # [L, B, P, K, H]
+  cache = tuple((k[i].transpose(0, 2, 3, 1), v[i].transpose(0, 2, 1, 3)) for i in range(arch.num_hidden_layers))
+  logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params)), 'rows', None)
+  token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
+  kv = (B, G, arch.num_key_value_heads)
+  empty = (jnp.zeros((*kv, arch.head_dim, 0), decoder.dtype), jnp.zeros((*kv, 0, arch.head_dim), decoder.dtype))
+  return cache, Decoding(
+    t=jnp.int32(1),
+    tokens=jnp.zeros((B, G, C), jnp.int32).at[:, :, 0].set(token),
+    logp=jnp.zeros((B, G, C), jnp.float32).at[:, :, 0].set(logp),
+    done=decoder.is_end(token),
+    cache=(empty,) * arch.num_hidden_layers,
+  )
+
+
+def cached_attention(arch: model.Arch, prompt_cache, prompt_bias, cache, t: Array):
+  """Attention of one new token a row over its prompt (shared by the group) and its own completion so far."""
+  keys, values = cache
+  S = keys.shape[-1]
+  own_bias = jnp.where(jnp.arange(S) < t, 0.0, model.NEG_INF)
+
+  def attend(q, k, v):
+    B, G, heads, H = q.shape
+    own_k = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None], t - 1, axis=4)
+    own_v = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t - 1, axis=3)
+    q = q.reshape(B, G, arch.num_key_value_heads, -1, H) * jnp.asarray(H**-0.5, q.dtype)
+    prompt = jnp.einsum('bgkqh,bkhp->bgkqp', q, prompt_cache[0]).astype(jnp.float32) + prompt_bias
+    own = jnp.einsum('bgkqh,bgkhs->bgkqs', q, own_k).astype(jnp.float32) + own_bias
+    best = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    prompt, own = jnp.exp(prompt - best), jnp.exp(own - best)
+    total = prompt.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    out = jnp.einsum('bgkqp,bkph->bgkqh', prompt.astype(v.dtype), prompt_cache[1])
+    out = out + jnp.einsum('bgkqs,bgksh->bgkqh', own.astype(v.dtype), own_v)
+    return (out / total.astype(v.dtype)).reshape(B, G, heads, H), (own_k, own_v)
+
+  return attend
+
+
+@functools.partial(jax.jit, static_argnames=('size',))
+def grow(cache: tuple, size: int) -> tuple:
+  """The completion cache with `size` slots."""
+
+  def pad(x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+  return tuple((pad(k, 4), pad(v, 3)) for k, v in cache)
+
+
+@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnames=('state',))
+def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, u_BGC: Array, state: Decoding,
+           decoder: Decoder) -> Decoding:  # fmt: skip
+  """Samples until the cache is full or every row is done. Layers are unrolled: a cache carried through a scan over layers is
+  2.2 times slower on CPU."""
+  arch, C = decoder.arch, u_BGC.shape[-1]
+  size = state.cache[0][0].shape[-1]
+  prompt_bias = jnp.where(valid_BP, 0.0, model.NEG_INF)[:, None, None, None]
+  length_B = jnp.sum(valid_BP, axis=1)
+
+  def body(state: Decoding) -> Decoding:
+    t = state.t
+    token = jax.lax.dynamic_index_in_dim(state.tokens, t - 1, axis=2, keepdims=False)
+    position = jnp.broadcast_to((length_B + t - 1)[:, None], token.shape)
+    rope, x, cache = model.rope_angles(arch, position), model.embed(params, token, decoder.dtype), []
+    for w, prompt_kv, own_kv in zip(layers, prompt_cache, state.cache, strict=True):
+      x, kept = model.block(arch, w, x, rope, cached_attention(arch, prompt_kv, prompt_bias, own_kv, t))
+      cache.append(kept)
+    x = model.rms_norm(x, params['final_norm'].astype(x.dtype), arch.rms_norm_eps)
+    logits = sharding.constrain(model.logits(x, model.head(params)), 'rows', None, None)
+    token, logp = decoder.pick(logits, jax.lax.dynamic_index_in_dim(u_BGC, t, axis=2, keepdims=False))
+    token, logp = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logp)
+    return Decoding(
+      t=t + 1,
+      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], t, axis=2),
+      logp=jax.lax.dynamic_update_slice_in_dim(state.logp, logp[..., None], t, axis=2),
+      done=state.done | decoder.is_end(token),
+      cache=tuple(cache),
+    )
+
+  return jax.lax.while_loop(lambda s: (s.t < min(size + 1, C)) & ~jnp.all(s.done), body, state)
+
+
+def generate(
+  params: PyTree,
+  arch: model.Arch,
+  prompts: Sequence[Sequence[int]],
+  *,
+  settings: config_lib.Rollout,
+  group: int,
+  end_ids: tuple[int, ...],
+  key: jax.Array,
+  dtype: str = 'float32',
+  mesh: Mesh | None = None,
+  prompt_ids: Sequence[int] | None = None,
+) -> Rollout:
+  """`group` completions of each prompt, as numpy arrays; row n belongs to prompt n // group.
+
+  `prompt_ids` (default: 0, 1, ...) with `key` fix the random numbers: a prompt keeps its tokens in whatever batch it sits.
+  Raises ValueError for an empty prompt, and where the prompts do not divide over the mesh.
+  """
+  if not all(len(p) for p in prompts):
+    raise ValueError('rollout: a prompt has no token; a decoder needs at least one to continue')
+  B, C = len(prompts), settings.max_completion_length
+  P = size_class(max(len(p) for p in prompts))
+  tokens_BP, valid_BP = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens_BP[row, P - len(prompt) :], valid_BP[row, P - len(prompt) :] = prompt, 1
+  ids = np.asarray(range(B) if prompt_ids is None else prompt_ids, np.int32)
+  u_BGC = jax.jit(uniforms, static_argnums=(2, 3))(key, ids, group, C)
+  fuse = mesh is None or mesh.shape['tensor'] == 1
+  if mesh is not None:
+    tokens_BP, valid_BP, u_BGC = sharding.put_rows(mesh, (tokens_BP, valid_BP, u_BGC))
+  decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group)
+  prompt_cache, state = prefill(params, decoder, tokens_BP, valid_BP, u_BGC)
+  layers = model.decode_weights(params, arch, dtype, fuse)
+  size = settings.chunk
+  while int(state.t) < C and not bool(jnp.all(state.done)):
+    state = state._replace(cache=grow(state.cache, min(size, C)))
+    state = decode(params, layers, prompt_cache, valid_BP, u_BGC, state, decoder)
+    size *= 2
+  tokens, logp, done = jax.device_get((state.tokens, state.logp, state.done))
+  tokens, logp, done = tokens.reshape(B * group, C), logp.reshape(B * group, C), done.reshape(-1)
+  length = np.where(done, 1 + np.argmax(np.isin(tokens, end_ids), axis=1), C).astype(np.int32)
+  return Rollout(tokens, logp, length, ~done)

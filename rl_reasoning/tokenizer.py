@@ -1,0 +1,166 @@
+"""Text <-> token ids: Hugging Face tokenizers, a byte tokenizer for models of our own, chat templates, prompt / think / answer.
+
+A tokenizer here is anything with `encode`, `decode`, `end_ids`, `pad_id`, `vocab_size` and `chat`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+TEMPLATES = {
+  'plain': '{prompt}',
+  # DeepSeek-R1-Zero's template (2501.12948, table 1).
+  'r1_zero': (
+    'A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks '
+    'about the reasoning process in the mind and then provides the user with the answer. The reasoning process and answer are '
+    'enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> '
+    '<answer> answer here </answer>. User: {prompt}. Assistant:'
+  ),
+}
+# 'chat' hands the prompt to the tokenizer's chat template as one user turn; 'chat_think' also asks for the tags.
+THINK_INSTRUCTION = (
+  '\nThink step by step inside <think> and </think>, then give only the final answer inside <answer> and </answer>.'
+)
+
+
+class Tokenizer(Protocol):
+  end_ids: tuple[int, ...]  # every id that ends a completion
+  pad_id: int
+  vocab_size: int
+
+  def encode(self, text: str) -> list[int]: ...
+  def decode(self, ids: Sequence[int]) -> str: ...
+  def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str: ...
+
+
+class ByteTokenizer:
+  """UTF-8 bytes as ids 0..255, and one id each for the tags of reasoning, so that a tiny model needs no merges."""
+
+  specials = ('<pad>', '<end>', '<think>', '</think>', '<answer>', '</answer>', '<user>', '<assistant>')
+
+  def __init__(self):
+    self.ids = {text: 256 + i for i, text in enumerate(self.specials)}
+    self.texts = {i: text for text, i in self.ids.items()}
+    self.split = re.compile('(' + '|'.join(map(re.escape, self.specials)) + ')')
+    self.pad_id, self.end_ids = self.ids['<pad>'], (self.ids['<end>'],)
+    self.vocab_size = 256 + len(self.specials)
+
+  def encode(self, text: str) -> list[int]:
+    ids: list[int] = []
+    for part in self.split.split(text):
+      ids.extend([self.ids[part]] if part in self.ids else part.encode())
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The end token and padding are left out; ids past the vocabulary (padded embeddings) show as U+FFFD."""
+    out, run = [], bytearray()
+    for i in map(int, ids):
+      if i < 256:
+        run.append(i)
+        continue
+      out.append(run.decode(errors='replace'))
+      run.clear()
+      if i != self.pad_id and i not in self.end_ids:
+        out.append(self.texts.get(i, '\ufffd'))
+    return ''.join(out) + run.decode(errors='replace')
+
+  def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    text = ''.join(f'<{"user" if m["role"] == "user" else "assistant"}>{m["content"]}<end>' for m in messages)
+    return text + '<assistant>' * add_generation_prompt
+
+
+class HFTokenizer:
+  """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config."""
+
+  def __init__(self, path: str):
+    import transformers
+
+    if path.endswith('.gguf'):
+      from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer
+
+      self.inner, more = load_gguf_tokenizer(path), ()
+    else:
+      self.inner = transformers.AutoTokenizer.from_pretrained(path)
+      try:
+        more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+      except OSError:  # a folder without generation_config.json
+        more = ()
+      more = tuple(more) if isinstance(more, (list, tuple)) else (() if more is None else (more,))
+    own = () if self.inner.eos_token_id is None else (self.inner.eos_token_id,)
+    self.end_ids = tuple(sorted({*own, *more}))
+    if not self.end_ids:
+      raise ValueError(f'tokenizer {path!r}: no end id, neither in the tokenizer nor in generation_config')
+    self.pad_id = self.inner.pad_token_id if self.inner.pad_token_id is not None else self.end_ids[0]
+    self.vocab_size = len(self.inner)
+
+  def encode(self, text: str) -> list[int]:
+    return self.inner.encode(text, add_special_tokens=False)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    ids = [int(i) for i in ids if int(i) not in self.end_ids]
+    return self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+  def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    return self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def load(name: str) -> Tokenizer:
+  """'bytes', a folder, or a .gguf file."""
+  return ByteTokenizer() if name == 'bytes' else HFTokenizer(str(pathlib.Path(name).expanduser()))
+
+
+def render_prompt(prompt: str | Sequence[Mapping[str, str]], template: str, tokenizer: Tokenizer) -> str:
+  """A prompt column (text, or chat messages) as the text the model continues."""
+  if not isinstance(prompt, str):
+    return tokenizer.chat(prompt, True)
+  if template in ('chat', 'chat_think'):
+    content = prompt + THINK_INSTRUCTION * (template == 'chat_think')
+    return tokenizer.chat([{'role': 'user', 'content': content}], True)
+  return TEMPLATES.get(template, template).replace('{prompt}', prompt)
+
+
+def render_completion(row: Mapping[str, Any]) -> str:
+  """The text to imitate: chain of thought inside think tags and the answer inside answer tags where a row has both columns."""
+  if row.get('chain_of_thought'):
+    return f'<think>{row["chain_of_thought"]}</think><answer>{row["completion"]}</answer>'
+  return row['completion']
+
+
+def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+  """(text, imitate it?) pieces of a conversation: every assistant turn, its end token included, is imitated."""
+  pieces, done = [], ''
+  for index, message in enumerate(messages):
+    if message['role'] != 'assistant':
+      continue
+    context, whole = tokenizer.chat(messages[:index], True), tokenizer.chat(messages[: index + 1], False)
+    if not (context.startswith(done) and whole.startswith(context)):
+      raise ValueError('the chat template rewrites earlier turns: split the conversation into one row a turn')
+    pieces += [(context[len(done) :], False), (whole[len(context) :], True)]
+    done = whole
+  if not pieces:
+    raise ValueError('messages: no assistant turn to imitate')
+  return pieces
+
+
+class Parts(NamedTuple):
+  think: str | None
+  answer: str | None  # inside <answer>, after the thinking; None unless there is exactly one such element
+  well_formed: bool
+
+
+WELL_FORMED = re.compile(r'\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*', re.DOTALL)
+TAGS = ('<think>', '</think>', '<answer>', '</answer>')
+
+
+def split_completion(text: str, prompt: str = '') -> Parts:
+  """A completion into chain of thought and answer. A prompt that ends in <think> has opened the thinking already."""
+  if prompt.rstrip().endswith('<think>'):
+    text = '<think>' + text
+  match = WELL_FORMED.fullmatch(text)
+  well_formed = bool(match) and all(text.count(tag) == 1 for tag in TAGS)
+  think, closed, rest = text.partition('</think>')
+  answers = re.findall(r'<answer>(.*?)</answer>', rest if closed else text, re.DOTALL)
+  return Parts(think.replace('<think>', '') if closed else None, answers[0] if len(answers) == 1 else None, well_formed)

@@ -1,0 +1,214 @@
+"""One run: build, then the one loop.
+
+  python -m rl_reasoning.train --config=configs/tiny.py:objective=grpo --workdir=DIR [--config.KEY=VALUE ...] [--overwrite] [--explain[=json]]
+
+Exit codes: 0 done, 2 the user's error, 3 diverged.
+"""
+
+if __name__ == '__main__':
+  from rl_reasoning import environment
+
+  environment.restart_with_huge_pages('rl_reasoning.train')
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluate, metrics
+from rl_reasoning.collect import collect
+from rl_reasoning.config import Config, ConfigError, check
+from rl_reasoning.structs import TrainState
+
+RUN_FILES = ('config.json', 'metrics.jsonl', 'eval.jsonl', 'summary.json', 'curves.png', 'frozen.json')
+RUN_FOLDERS = ('checkpoints', 'completions', 'tensorboard')
+
+
+class Diverged(RuntimeError):
+  """Loss or gradient is not finite. Exit code 3."""
+
+
+def open_workdir(workdir: epath.Path, config: Config, overwrite: bool) -> None:
+  """Writes config.json, or checks that the one there is ours. Another config is refused, unless told to overwrite."""
+  path = workdir / 'config.json'
+  if overwrite:
+    for name in RUN_FILES:
+      (workdir / name).unlink(missing_ok=True)
+    for name in RUN_FOLDERS:
+      if (workdir / name).exists():
+        (workdir / name).rmtree()
+  new = json.loads(config_lib.to_json(config))
+  if path.exists():
+    try:
+      old = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+      raise ConfigError(f'{path}: {error}; --overwrite starts anew') from None
+    # A run may go on on another mesh.
+    changed = config_lib.differences({**old, 'mesh': {}}, {**new, 'mesh': {}})
+    check(not changed, f'{workdir} holds a run of another config (--overwrite deletes it):\n  ' + '\n  '.join(changed))
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, config_lib.to_json(config))
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+  part = path.parent / (path.name + '.part')
+  part.write_text(text)
+  part.replace(path)
+
+
+def check_frozen(workdir: epath.Path, state: TrainState) -> None:
+  """Frozen weights are not in the checkpoint: their fingerprint is, so that a changed source cannot slip into a resumed run."""
+  path, found = workdir / 'frozen.json', {role: int(build.fingerprint(p)) for role, p in state.frozen.items()}
+  if path.exists():
+    for role, number in json.loads(path.read_text()).items():
+      check(found.get(role) == number, f'roles.{role}: its weights are not those that {workdir} began with')
+  else:
+    write_atomically(path, json.dumps(found))
+
+
+def sync_moving(run: build.Run, before: int, state: TrainState) -> TrainState:
+  """A moving reference becomes the policy once the count of updates has reached or crossed a multiple."""
+  if not run.objective.moving:
+    return state
+  every = run.objective.ref_model_sync_updates
+  if before // every == int(state.updates) // every:
+    return state
+  return state.replace(moving={'ref': jax.tree.map(lambda x: x.copy(), state.params['policy'])})
+
+
+def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+  """Trains or resumes to config.total_steps; returns the summary that it also writes. Raises ConfigError or Diverged."""
+  began, root_dir = time.time(), epath.Path(workdir)
+  run = build.build(config, keys_set)
+  config = run.config
+  evaluators = evaluate.make_evaluators(config.eval.evaluators) if config.eval.every else {}
+  with jax.set_mesh(run.mesh):
+    source = data.load(config.data, 'train', config.seed, config.data.train_size or None)
+    problems = evaluate.test_problems(run) if evaluators else []
+    state = run.init()
+    open_workdir(root_dir, config, overwrite)
+    finished = root_dir / 'summary.json'
+    if finished.exists():
+      return json.loads(finished.read_text())
+    check_frozen(root_dir, state)
+    manager = checkpoint.open_manager(workdir, config.checkpoint)
+    state = checkpoint.restore(manager, state) or state
+    root = jax.random.key(config.seed)
+    writer = metrics.Writer(workdir, config.total_steps, state.step)
+
+    def run_evaluators(step: int):
+      if not evaluators:
+        return
+      with timer('evaluate'):
+        writer.evaluation(step, evaluate.evaluate_all(run, state.params['policy'], problems))
+
+    timer = metrics.PhaseTimer()
+    if state.step == 0:
+      run_evaluators(0)
+    while state.step < config.total_steps:
+      timer, start = metrics.PhaseTimer(), time.perf_counter()
+      key = jax.random.fold_in(root, state.step + 1)  # nothing random outlives a step
+      got = collect(run, source, state, key, timer)
+      step, updates = state.step + 1, int(state.updates)
+      with timer('score'):
+        batch, aux, gathered = run.steps.prepare(state, run.steps.score(state, got.batch))
+      state = state.replace(aux=aux)
+      with timer('update') as phase:
+        for rows in run.steps.minibatches(batch, key):
+          state, more = run.steps.update(state, rows)
+          gathered = metrics.merge(gathered, more) if set(gathered) & set(more) else {**gathered, **more}
+        jax.block_until_ready(state.params)
+        phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
+      values = metrics.summarise(gathered)
+      for name in ('loss', 'grad_norm'):
+        if not math.isfinite(values[name]):
+          writer.close()
+          last = checkpoint.latest_step(manager)
+          raise Diverged(f'{name} is {values[name]} at step {step}; the last good checkpoint is that of step {last}')
+      state = sync_moving(run, updates, state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered)))
+      if step % config.log_every == 0 or step == config.total_steps:
+        values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
+        writer.write(step, values)
+        if got.samples:
+          advantage = jax.device_get(batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1))
+          writer.completions(step, [{**s, 'advantage': float(a)} for s, a in zip(got.samples, advantage, strict=True)])
+      if config.eval.every and (step % config.eval.every == 0 or step == config.total_steps):
+        run_evaluators(step)
+      if step % config.checkpoint.every == 0 or step == config.total_steps:
+        checkpoint.save(manager, state)
+    writer.close()
+  summary = {
+    'steps': state.step, 'updates': int(state.updates), 'config_hash': config_lib.digest(config_lib.to_dict(config)),
+    'seed': config.seed, 'wall_s': round(time.time() - began, 1), 'evaluations': metrics.read_jsonl(root_dir / 'eval.jsonl'),
+  }  # fmt: skip
+  metrics.curves(workdir)
+  write_atomically(finished, json.dumps(summary, indent=1))
+  return summary
+
+
+def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
+  """One row of the table per (step, evaluator)."""
+  rows = []
+  for entry in evaluations:
+    for name, m in entry['evaluators'].items():
+      best = max((k for k in m if k.startswith('pass@') and not k.endswith('stderr')), key=lambda k: int(k[5:]), default=None)
+      rows.append([
+        str(entry['step']), name, f'{m["accuracy"]:.3f} ± {m["accuracy_stderr"]:.3f}', f'{m["strict_accuracy"]:.3f}', f'{m["format"]:.3f}',
+        f'{best} {m[best]:.3f}' if best else '', f'{m["length"]:.1f}', f'{m["truncated"]:.3f}',
+      ])  # fmt: skip
+  return rows
+
+
+EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'pass@k', 'length', 'truncated')
+
+
+def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
+  """Command line -> (config, keys that were set, the other flags)."""
+  flags: dict[str, str] = {}
+  overrides: dict[str, str] = {}
+  for argument in argv:
+    name, equals, value = argument.removeprefix('--').partition('=')
+    check(argument.startswith('--'), f'argument {argument!r} is not understood; flags are --name=value')
+    if name.startswith('config.'):
+      check(bool(equals), f'--{name}: no value, write --{name}=VALUE')
+      overrides[name.removeprefix('config.')] = value
+    else:
+      check(name in ('config', 'workdir', 'overwrite', 'explain'), f'flag --{name} is unknown')
+      flags[name] = value
+  check('config' in flags, '--config=FILE.py is missing')
+  settings = config_lib.read_file(flags['config'])
+  for key, value in overrides.items():
+    settings = config_lib.override(settings, key, config_lib.parse_value(value))
+  return config_lib.resolve(settings), set(config_lib.flatten(settings)), flags
+
+
+def main(argv: list[str]) -> int:
+  try:
+    config, keys_set, flags = parse(argv)
+    if 'explain' in flags:
+      explained = build.explain(config, keys_set, jax.device_count())
+      print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
+      return 0
+    check(bool(flags.get('workdir')), '--workdir=DIR is missing')
+    environment.cache_compilations()
+    summary = train(config, flags['workdir'], keys_set=keys_set, overwrite='overwrite' in flags)
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except Diverged as error:
+    print(f'diverged: {error}', file=sys.stderr)
+    return 3
+  rows = evaluation_rows(summary['evaluations'])
+  if rows:
+    metrics.summary_table(flags['workdir'], EVALUATION_COLUMNS, rows)
+  print(f'{summary["steps"]} steps done; curves: {flags["workdir"]}/curves.png, samples: {flags["workdir"]}/completions/')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

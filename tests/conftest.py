@@ -1,0 +1,14 @@
+"""Eight virtual CPU devices for every test; what the machine lacks is listed at the end of the run."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+
+
+def pytest_terminal_summary(terminalreporter):
+  skipped = terminalreporter.stats.get('skipped', [])
+  if skipped:
+    terminalreporter.section('not run here')
+    for report in skipped:
+      terminalreporter.line(f'{report.nodeid}: {report.longrepr[2]}')
