@@ -216,16 +216,6 @@ def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
   return jax.tree_util.tree_map_with_path(place, model.weight_table(arch), is_leaf=model.is_weight)
 
 
-@jax.jit
-def fingerprint(params: PyTree) -> jax.Array:
-  """An integer of the weights' bits, exact on every mesh: tells whether frozen weights are those that the run began with."""
-  total = jnp.uint32(0)
-  for index, leaf in enumerate(jax.tree.leaves(params)):
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    total = total * jnp.uint32(31) + jnp.uint32(index) + jnp.sum(bits, dtype=jnp.uint32)
-  return total
-
-
 def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())

@@ -24,7 +24,7 @@ def to_batch(prompts: list[list[int]], rolled: Rollout, group: int) -> Batch:
   """Right-padded [N, T] rows of prompt and completion; the end token is kept and trained."""
   N = len(prompts) * group
   lengths = [len(prompts[n // group]) for n in range(N)]
-  T = rollout.size_class(max(p + int(c) for p, c in zip(lengths, rolled.length_N, strict=True)))
+  T = sharding.size_class(max(p + int(c) for p, c in zip(lengths, rolled.length_N, strict=True)))
   tokens, mask, logp = np.zeros((N, T), np.int32), np.zeros((N, T), np.float32), np.zeros((N, T), np.float32)
   segment, position = np.zeros((N, T), np.int32), np.zeros((N, T), np.int32)
   for n in range(N):

@@ -90,7 +90,7 @@ def evaluate(run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluato
     'completion_ids': [None] * len(samples),
     **{k: [rows[s['problem']].get(k) for s in samples] for k in rows[0] if k != 'prompt'},
   }
-  accuracy, form = REWARDS['accuracy'](**arguments), REWARDS['format'](**arguments)
+  accuracy, form = REWARDS['accuracy_flexible'](**arguments), REWARDS['format'](**arguments)
   judged = [a is not None for a in accuracy]
   check(any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked')
   for sample, a, f in zip(samples, accuracy, form, strict=True):

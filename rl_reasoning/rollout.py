@@ -51,14 +51,6 @@ class Decoding(NamedTuple):
   cache: tuple  # per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU
 
 
-def size_class(length: int) -> int:
-  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 192, ... Few shapes to compile, at most a third of padding."""
-  size = 16
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 and size >= 32 else (size // 3 * 4 if size >= 48 else size * 2)
-  return size
-
-
 def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Array:
   """[B, G, C] uniform numbers, a function of (key, prompt id, member, token): not of the batch or the devices."""
 
@@ -178,7 +170,7 @@ def generate(
   if not all(len(p) for p in prompts):
     raise ValueError('rollout: a prompt has no token; a decoder needs at least one to continue')
   B, C = len(prompts), settings.max_completion_length
-  P = size_class(max(len(p) for p in prompts))
+  P = sharding.size_class(max(len(p) for p in prompts))
   tokens_BP, valid_BP = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BP[row, P - len(prompt) :], valid_BP[row, P - len(prompt) :] = prompt, 1

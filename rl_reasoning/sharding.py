@@ -78,3 +78,11 @@ def put_rows(mesh: Mesh, tree: PyTree) -> PyTree:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
+
+
+def size_class(length: int) -> int:
+  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 192, ... Few shapes to compile, at most a third of padding."""
+  size = 16
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 and size >= 32 else (size // 3 * 4 if size >= 48 else size * 2)
+  return size

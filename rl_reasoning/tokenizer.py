@@ -1,6 +1,6 @@
 """Text <-> token ids: Hugging Face tokenizers, a byte tokenizer for models of our own, chat templates, prompt / think / answer.
 
-A tokenizer here is anything with `encode`, `decode`, `end_ids`, `pad_id`, `vocab_size` and `chat`.
+A tokenizer here is anything with `encode`, `decode`, `end_id`, `end_ids`, `pad_id`, `vocab_size` and `chat`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ THINK_INSTRUCTION = (
 
 
 class Tokenizer(Protocol):
-  end_ids: tuple[int, ...]  # every id that ends a completion
+  end_id: int  # what ends a completion that is imitated
+  end_ids: tuple[int, ...]  # every id that ends a sampled one
   pad_id: int
   vocab_size: int
 
@@ -45,7 +46,8 @@ class ByteTokenizer:
     self.ids = {text: 256 + i for i, text in enumerate(self.specials)}
     self.texts = {i: text for text, i in self.ids.items()}
     self.split = re.compile('(' + '|'.join(map(re.escape, self.specials)) + ')')
-    self.pad_id, self.end_ids = self.ids['<pad>'], (self.ids['<end>'],)
+    self.pad_id, self.end_id = self.ids['<pad>'], self.ids['<end>']
+    self.end_ids = (self.end_id,)
     self.vocab_size = 256 + len(self.specials)
 
   def encode(self, text: str) -> list[int]:
@@ -93,6 +95,7 @@ class HFTokenizer:
     self.end_ids = tuple(sorted({*own, *more}))
     if not self.end_ids:
       raise ValueError(f'tokenizer {path!r}: no end id, neither in the tokenizer nor in generation_config')
+    self.end_id = own[0] if own else self.end_ids[0]
     self.pad_id = self.inner.pad_token_id if self.inner.pad_token_id is not None else self.end_ids[0]
     self.vocab_size = len(self.inner)
 
@@ -123,10 +126,12 @@ def render_prompt(prompt: str | Sequence[Mapping[str, str]], template: str, toke
 
 
 def render_completion(row: Mapping[str, Any]) -> str:
-  """The text to imitate: chain of thought inside think tags and the answer inside answer tags where a row has both columns."""
-  if row.get('chain_of_thought'):
-    return f'<think>{row["chain_of_thought"]}</think><answer>{row["completion"]}</answer>'
-  return row['completion']
+  """The text to imitate: chain of thought inside think tags and the answer inside answer tags where a row has both columns (an empty
+  chain leaves the thinking out), else the completion as it stands."""
+  chain = row.get('chain_of_thought')
+  if chain is None:
+    return row['completion']
+  return f'<think>{chain}</think>' * bool(chain) + f'<answer>{row["completion"]}</answer>'
 
 
 def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -63,7 +63,7 @@ def write_atomically(path: epath.Path, text: str) -> None:
 
 def check_frozen(workdir: epath.Path, state: TrainState) -> None:
   """Frozen weights are not in the checkpoint: their fingerprint is, so that a changed source cannot slip into a resumed run."""
-  path, found = workdir / 'frozen.json', {role: int(build.fingerprint(p)) for role, p in state.frozen.items()}
+  path, found = workdir / 'frozen.json', {role: int(checkpoint.fingerprint(p)) for role, p in state.frozen.items()}
   if path.exists():
     for role, number in json.loads(path.read_text()).items():
       check(found.get(role) == number, f'roles.{role}: its weights are not those that {workdir} began with')
@@ -121,7 +121,7 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
       with timer('update') as phase:
         for rows in run.steps.minibatches(batch, key):
           state, more = run.steps.update(state, rows)
-          gathered = metrics.merge(gathered, more) if set(gathered) & set(more) else {**gathered, **more}
+          gathered = metrics.merge(gathered, more)
         jax.block_until_ready(state.params)
         phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
       values = metrics.summarise(gathered)

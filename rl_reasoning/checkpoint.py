@@ -1,0 +1,120 @@
+"""Checkpoints of a whole TrainState through orbax: atomic, bit for bit, restored onto any mesh.
+
+A step's folder appears by a rename once it is whole, so a kill during a save leaves the one before. The `position` item holds step, cursor
+and a fingerprint of every array: a file that was damaged later is found when it is read, not when a run has gone on from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rl_reasoning.config import Checkpoint, ConfigError, check
+from rl_reasoning.structs import PyTree, TrainState
+
+logging.getLogger('absl').setLevel(logging.ERROR)  # orbax tells of every save
+
+
+@jax.jit
+def fingerprint(tree: PyTree) -> jax.Array:
+  """An integer of all bits of a pytree of arrays, exact on every mesh."""
+  total = jnp.uint32(0)
+  for index, leaf in enumerate(jax.tree.leaves(tree)):
+    bits = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    # A weight per place, so that two values that changed places are seen.
+    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2) + jnp.uint32(1)
+    total = total * jnp.uint32(31) + jnp.uint32(index) + jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
+  return total
+
+
+def items(state: TrainState) -> dict[str, PyTree]:
+  """What is saved, in parts that can be read by themselves."""
+  return {'params': state.params, 'opt': state.opt, 'rest': {'aux': state.aux, 'moving': state.moving, 'updates': state.updates}}
+
+
+def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.CheckpointManager:
+  """The manager of `workdir`/checkpoints. Without settings: to read only."""
+  directory = epath.Path(workdir) / 'checkpoints'
+  if settings is None:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+  else:
+    directory.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=settings.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, save_root_metadata=False
+    )
+  return ocp.CheckpointManager(directory, options=options, item_names=('params', 'opt', 'rest', 'position'))
+
+
+def latest_step(manager: ocp.CheckpointManager) -> int | None:
+  return manager.latest_step()
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+  """Returns when the checkpoint is whole. Raises ConfigError where the disk is full; the checkpoints before it stay."""
+  parts = items(state)
+  position = {'step': state.step, 'cursor': state.cursor, 'fingerprint': {name: int(fingerprint(x)) for name, x in parts.items()}}
+  arguments: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+  before = manager.latest_step()
+  try:
+    manager.save(state.step, args=ocp.args.Composite(**arguments, position=ocp.args.JsonSave(position)), force=True)
+  except Exception as error:
+    if 'no space left' not in str(error).lower():
+      raise
+    text = f'no space left on {manager.directory} while saving step {state.step}; the last good checkpoint is that of step {before}'
+    raise ConfigError(text) from error
+
+
+def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
+  """(parts like `wanted`, position). Raises ConfigError naming the folder for whatever is missing, damaged or of another shape."""
+  folder = manager.directory / str(step)
+  arguments: dict[str, Any] = {name: ocp.args.StandardRestore(like) for name, like in wanted.items()}
+  try:
+    found = manager.restore(step, args=ocp.args.Composite(**arguments, position=ocp.args.JsonRestore()))
+    parts, position = {name: found[name] for name in wanted}, found['position']
+    expected = position['fingerprint']
+  except Exception as error:  # orbax and tensorstore raise many kinds
+    reason = ' '.join(str(error).split())[:600]
+    raise ConfigError(f'checkpoint {folder} cannot be read (delete the folder to go back to an older one): {reason}') from error
+  for name, part in parts.items():
+    check(int(fingerprint(part)) == expected[name], f'checkpoint {folder}: {name} is damaged: its contents are not what was saved')
+  return parts, position
+
+
+def abstract(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
+  """The newest checkpoint onto the shardings of `like`, whose frozen roles it keeps; None where there is none."""
+  step = manager.latest_step()
+  if step is None:
+    return None
+  parts, position = read(manager, step, abstract(items(like)))
+  return like.replace(step=position['step'], cursor=position['cursor'], params=parts['params'], opt=parts['opt'], **parts['rest'])
+
+
+def restore_params(workdir: str, role: str, shardings: PyTree = None) -> PyTree:
+  """One role's weights of a run's newest checkpoint, straight into `shardings` (default: one device)."""
+  manager = open_manager(workdir)
+  step = manager.latest_step()
+  check(step is not None, f'{workdir}/checkpoints holds no checkpoint')
+  try:
+    metadata = manager.item_metadata(step)['params']
+    check(metadata is not None and role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise ConfigError(f'{workdir}/checkpoints/{step} cannot be read: {" ".join(str(error).split())[:600]}') from error
+  single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  make = functools.partial(jax.tree.map, lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s))
+  like = {
+    name: make(tree, shardings if name == role and shardings is not None else jax.tree.map(lambda _: single, tree))
+    for name, tree in metadata.items()
+  }
+  return read(manager, step, {'params': like})[0]['params'][role]

@@ -1,0 +1,165 @@
+"""Prompts and demonstrations: written once as ArrayRecord by a TFDS builder (no TensorFlow), read at random through grain.
+
+A batch is a function of (data, seed, cursor): the cursor counts rows consumed, and nothing else has to be saved to go on exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from rl_reasoning.config import ConfigError, Data, check, digest, plain
+from rl_reasoning.sharding import size_class
+from rl_reasoning.structs import DATA, Batch
+from rl_reasoning.tasks import TASKS
+from rl_reasoning.tokenizer import Tokenizer, render_completion, render_messages, render_prompt
+
+
+class Source(Sequence):
+  """Prepared rows: `len(source)` and `source[i]` -> dict."""
+
+  def __init__(self, records):
+    self.records = records
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index) -> dict[str, Any]:
+    return json.loads(self.records[int(index)]['row'])
+
+  @functools.lru_cache(maxsize=4)  # noqa: B019  sources live as long as a run
+  def shuffled(self, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.source(self).shuffle(seed).repeat()  # another order every epoch
+
+
+class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """One split of JSON texts. A row is free in its columns, which a TFDS schema is not."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def __init__(self, rows: Iterator[dict], **kwargs):
+    self.rows = rows
+    super().__init__(file_format='array_record', **kwargs)
+
+  def _info(self):
+    # Keys are hashed and sorted by default, which would lose the order of a file.
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict({'row': tfds.features.Text()}), disable_shuffling=True
+    )
+
+  def _split_generators(self, dl_manager):
+    return {'rows': ((index, {'row': json.dumps(row)}) for index, row in enumerate(self.rows))}
+
+  def _generate_examples(self):
+    raise AssertionError('the split generator above already holds the examples')
+
+
+def content_hash(paths: Sequence) -> str:
+  total = hashlib.sha256()
+  for path in paths:
+    total.update(path.name.encode())
+    with path.open('rb') as file:
+      while block := file.read(2**20):
+        total.update(block)
+  return total.hexdigest()
+
+
+def load(data: Data, split: str, seed: int, size: int | None) -> Source:
+  """The rows of a split; prepared on first use in `data.cache_dir`, in a folder named by everything that they depend on.
+
+  Raises ConfigError: unknown task or option, malformed row (file and line), empty data set.
+  """
+  check(data.task in TASKS, f"config key 'data.task': {data.task!r} is none of {', '.join(TASKS)}")
+  task = TASKS[data.task]
+  known = set(inspect.signature(task.rows).parameters) - {'split', 'seed', 'size', 'path'}
+  for key in data.options:
+    text = ', '.join(sorted(known)) or 'no options at all'
+    check(key in known, f"config key 'data.options.{key}' is unknown to data.task {data.task!r}, which takes {text}")
+  if hasattr(task, 'files'):
+    other = [f for name in ('train', 'test') for f in task.files(data.path, name)]
+    content, seed = content_hash(other), 0  # both splits: test prompts are kept out of training
+  else:
+    check(not data.path, f"config key 'data.path' cannot act: data.task {data.task!r} reads no file")
+    check(bool(size), f"config key 'data.train_size': data.task {data.task!r} makes its rows, say how many")
+    content = hashlib.sha256(inspect.getsource(task).encode()).hexdigest()
+  name = digest({'task': data.task, 'options': plain(data.options), 'content': content, 'split': split, 'seed': seed, 'size': size})
+  folder = epath.Path(os.path.expanduser(data.cache_dir)) / data.task / f'{split}_{name}'
+  rows = task.rows(split, seed, size, data.path, **data.options)
+  builder = Rows(rows, data_dir=folder)
+  if not epath.Path(builder.data_path).exists():
+    first = next(rows, None)
+    check(first is not None, f"data.task {data.task!r}: the {split} split {f'of {data.path!r} ' * bool(data.path)}is empty")
+    builder.rows = (row for part in ((first,), rows) for row in part)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
+      builder.download_and_prepare(file_format='array_record')  # into a temporary folder, renamed when whole
+  return Source(builder.as_data_source('rows'))
+
+
+def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict], int]:
+  """(rows, next cursor): rows cursor .. cursor + size of an endless stream, shuffled anew every epoch."""
+  stream = source.shuffled(seed)
+  return [stream[i] for i in range(cursor, cursor + size)], cursor + size
+
+
+def excerpt(value: Any) -> str:
+  text = str(value)
+  return repr(text if len(text) <= 60 else text[:57] + '...')
+
+
+def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_prompt_length: int) -> list[list[int]]:
+  """Token ids of each prompt. Raises ConfigError for one that is longer than the limit: cutting it would change the question."""
+  prompts = []
+  for row in rows:
+    check('prompt' in row, f'a row has no column prompt to roll out from; columns: {", ".join(row)}')
+    ids = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))
+    check(len(ids) <= max_prompt_length,
+          f"config key 'data.max_prompt_length': {max_prompt_length}, but a prompt has {len(ids)} tokens: {excerpt(row['prompt'])}")  # fmt: skip
+    prompts.append(ids)
+  return prompts
+
+
+def encode_row(row: dict, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:
+  """(token ids, 1 where the token is to be imitated). The end token is imitated."""
+  if 'messages' in row:
+    try:
+      pieces = render_messages(row['messages'], tokenizer)
+    except ValueError as error:
+      raise ConfigError(f'{error}: {excerpt(row["messages"])}') from None
+    parts = [(tokenizer.encode(text), int(imitate)) for text, imitate in pieces]
+  else:
+    check('prompt' in row and 'completion' in row, f'a row has nothing to imitate; columns: {", ".join(row)}')
+    prompt = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))
+    parts = [(prompt, 0), (tokenizer.encode(render_completion(row)) + [tokenizer.end_id], 1)]
+  return [i for ids, _ in parts for i in ids], [flag for ids, flag in parts for _ in ids]
+
+
+def encode_sft(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int, train_on_prompt: bool) -> Batch:
+  """Right-padded numpy rows [N, T]. Raises ConfigError for a row longer than `max_length`: cutting it would lose its answer."""
+  encoded = [encode_row(row, tokenizer, template) for row in rows]
+  for row, (ids, _) in zip(rows, encoded, strict=True):
+    check(len(ids) <= max_length,
+          f"config key 'data.max_length': {max_length}, but a row has {len(ids)} tokens: {excerpt(row.get('prompt', row))}")  # fmt: skip
+  N, T = len(rows), size_class(max(len(ids) for ids, _ in encoded))
+  tokens, mask = np.zeros((N, T), np.int32), np.zeros((N, T), np.float32)
+  segment, position = np.zeros((N, T), np.int32), np.zeros((N, T), np.int32)
+  for n, (ids, flags) in enumerate(encoded):
+    end = len(ids)
+    tokens[n, :end], segment[n, :end], position[n, :end] = ids, 1, np.arange(end)
+    mask[n, 1:end] = 1 if train_on_prompt else flags[1:]  # nothing comes before the first token
+  return Batch(
+    tokens=tokens, segment_NT=segment, position_NT=position, mask_NT=mask,
+    source_N=np.full(N, DATA, np.int32), group_N=np.arange(N, dtype=np.int32),
+  )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Rule rewards: REWARDS maps names to functions `fn(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+
+Completions are texts, or lists of chat messages whose last one counts; columns are the data set's other columns. None is "no verdict",
+never a zero. `rewards.functions` may also name 'my_package.my_module:function' with the same signature.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rl_reasoning.config import ConfigError, check
+from rl_reasoning.tokenizer import TAGS, split_completion
+from rl_reasoning.verify.math import check_countdown, extract_answer, numbers_equal
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+class RewardError(ConfigError):
+  """A reward function crashed or returned what is no reward. Names function and row."""
+
+
+def last_text(message: Any) -> str:
+  return message if isinstance(message, str) else message[-1]['content']
+
+
+def grade(completions: Sequence, columns: Mapping[str, Any], flexible: bool) -> list[float | None]:
+  absent = [None] * len(completions)
+  gold, numbers, target = (columns.get(k, absent) for k in ('answer', 'numbers', 'target'))
+  values: list[float | None] = []
+  for n, completion in enumerate(completions):
+    if numbers[n] is not None and target[n] is not None:
+      right = check_countdown(numbers[n], target[n], extract_answer(last_text(completion)))
+    elif gold[n] is not None:
+      right = numbers_equal(gold[n], extract_answer(last_text(completion), flexible=flexible))
+    else:
+      right = None
+    values.append(None if right is None else float(right))
+  return values
+
+
+def accuracy(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
+  """1 where the one marked answer after the thinking is the `answer` column's number (or solves `numbers` -> `target`), else 0."""
+  return grade(completions, columns, flexible=False)
+
+
+def accuracy_flexible(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
+  """As `accuracy`, but an unmarked text answers with its last number. What evaluators call accuracy."""
+  return grade(completions, columns, flexible=True)
+
+
+def opened(prompt: Any) -> str:
+  return prompt if isinstance(prompt, str) else ''
+
+
+def format(prompts, completions, completion_ids=None, **columns) -> list[float]:
+  """1 for exactly '<think>...</think><answer>...</answer>' with each tag once, space around them allowed; else 0."""
+  pairs = zip(prompts, completions, strict=True)
+  return [float(split_completion(last_text(c), opened(p)).well_formed) for p, c in pairs]
+
+
+def format_tags(prompts, completions, completion_ids=None, **columns) -> list[float]:
+  """A quarter for each of the four tags that stands exactly once, and after the tags before it in the format."""
+  values = []
+  for prompt, completion in zip(prompts, completions, strict=True):
+    text = '<think>' * opened(prompt).rstrip().endswith('<think>') + last_text(completion)
+    place, score = -1, 0.0
+    for tag in TAGS:
+      if text.count(tag) == 1 and text.index(tag) > place:
+        place, score = text.index(tag), score + 0.25
+    values.append(score)
+  return values
+
+
+REWARDS: dict[str, Reward] = {
+  'accuracy': accuracy,
+  'accuracy_flexible': accuracy_flexible,
+  'format': format,
+  'format_tags': format_tags,
+}
+
+
+def resolve(name: str) -> Reward:
+  """A function of REWARDS, or 'module:function'. Raises ConfigError."""
+  if name in REWARDS:
+    return REWARDS[name]
+  module, colon, attribute = name.partition(':')
+  check(bool(colon), f"config key 'rewards.functions': {name!r} is none of {', '.join(REWARDS)}, and no 'module:function'")
+  try:
+    function = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ConfigError(f"config key 'rewards.functions': {name!r}: {error}") from None
+  check(callable(function), f"config key 'rewards.functions': {name!r} is not callable")
+  return function
+
+
+def call(name: str, prompts: Sequence, completions: Sequence, ids: Sequence, columns: Mapping[str, Sequence]) -> list[float | None]:
+  values = list(resolve(name)(prompts=prompts, completions=completions, completion_ids=ids, **columns))
+  if len(values) != len(completions):
+    raise ValueError(f'returned {len(values)} rewards for {len(completions)} completions')
+  for value in values:
+    if value is not None and not (isinstance(value, (int, float, np.number, np.bool_)) and math.isfinite(value)):
+      raise ValueError(f'returned {value!r}, which is neither a finite number nor None')
+  return [None if v is None else float(v) for v in values]
+
+
+def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: Sequence, completion_ids: Sequence,
+          columns: Mapping[str, Sequence]) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+  """(values_NR float64, has_NR bool, rows lost to crashes). A function that crashes on the batch is called again row by row, so that the
+  error names the row, and with on_error 'none' only that row goes without a verdict."""
+  N = len(completions)
+  values, has, errors = np.zeros((N, len(names))), np.zeros((N, len(names)), bool), 0
+  for r, name in enumerate(names):
+    try:
+      column = call(name, prompts, completions, completion_ids, columns)
+    except Exception as whole:
+      column = []
+      for n in range(N):
+        one = slice(n, n + 1)
+        try:
+          column += call(name, prompts[one], completions[one], completion_ids[one], {k: v[one] for k, v in columns.items()})
+        except Exception as error:
+          if on_error == 'raise':
+            text = f'reward {name!r} failed on row {n}: {type(error).__name__}: {error}; completion: {completions[n]!r}'
+            raise RewardError(text) from error
+          column.append(None)
+          errors += 1
+      if on_error == 'raise':  # every row by itself was well: the fault lies in how the function treats a batch
+        raise RewardError(f'reward {name!r} failed on the batch: {type(whole).__name__}: {whole}') from whole
+    has[:, r] = [v is not None for v in column]
+    values[:, r] = [v or 0.0 for v in column]
+  return values, has, errors

@@ -1,0 +1,86 @@
+"""Chained arithmetic: '12+7-5=' -> '12+7=19;19-5=14' -> 14. A problem is a function of (seed, split, index).
+
+Beside clean chains, rows can be written in the styles of a careless author, which make a base model with something left to learn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+
+from rl_reasoning.config import ConfigError, check
+
+STYLES = ('clean', 'direct', 'sloppy', 'noisy')
+
+
+def is_test(prompt: str) -> bool:
+  """One problem in ten, by a hash of its text: no problem is in both splits, whatever seed and size."""
+  return hashlib.sha256(prompt.encode()).digest()[0] < 26
+
+
+def apply(a: int, operator: str, b: int) -> int:
+  return a + b if operator == '+' else a - b if operator == '-' else a * b
+
+
+def careless(a: int, operator: str, b: int) -> int:
+  """The result of one who forgets to carry or to borrow: 17+5 = 12, 21-4 = 27 (digits right, tens not adjusted)."""
+  if operator == '-' and 0 <= a < b:
+    return -careless(b, '-', a)
+  if operator == '+' and a >= 0:
+    return apply(a, '+', b) - (10 if a % 10 + b % 10 >= 10 else 0)
+  if operator == '-' and a >= b:
+    return apply(a, '-', b) + (10 if a % 10 < b % 10 else 0)
+  return apply(a, operator, b)
+
+
+def worked(numbers: list[int], operators: list[str], rng: random.Random, style: str, sloppiness: float) -> tuple[str, int]:
+  """(chain of thought, its result); the styles 'sloppy' and 'noisy' err on a step with probability `sloppiness` and go on from there."""
+  steps, value = [], numbers[0]
+  for operator, number in zip(operators, numbers[1:], strict=True):
+    result, errs = apply(value, operator, number), rng.random() < sloppiness
+    if errs and style == 'sloppy':
+      result = careless(value, operator, number)
+    if errs and style == 'noisy':
+      result += rng.choice((-2, -1, 1, 2, 10, -10))
+    steps.append(f'{value}{operator}{number}={result}')
+    value = result
+  return ';'.join(steps), value
+
+
+def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: int = 3, low: int = 2, high: int = 15, operators: str = '+-',
+         styles: Mapping[str, float] | None = None, sloppiness: float = 0.6) -> Iterator[dict]:  # fmt: skip
+  """`size` rows {prompt, chain_of_thought, completion, answer}; test problems are distinct, training problems may repeat.
+
+  `styles` weighs how rows are written (default: all clean); only training rows are ever careless.
+  """
+  styles = dict(styles or {'clean': 1.0})
+  for name in styles:
+    check(name in STYLES, f"config key 'data.options.styles.{name}' is none of {', '.join(STYLES)}")
+  check(min(styles.values()) >= 0 < sum(styles.values()), "config key 'data.options.styles': weights are >= 0, and one is positive")
+  check(operands >= 2, f"config key 'data.options.operands': {operands} must be at least 2")
+  check(0 <= low <= high, f"config key 'data.options.low': {low} is not within 0 and high = {high}")
+  check(bool(operators) and set(operators) <= set('+-*'), f"config key 'data.options.operators': {operators!r} has others than + - *")
+  check(0 <= sloppiness <= 1, f"config key 'data.options.sloppiness': {sloppiness} is not in [0, 1]")
+  seen: set[str] = set()
+  for index in range(size or 0):
+    rng = random.Random(f'arithmetic/{split}/{seed}/{index}')
+    for _ in range(1000):
+      numbers = [rng.randint(low, high) for _ in range(operands)]
+      chosen = [rng.choice(operators) for _ in range(operands - 1)]
+      prompt = str(numbers[0]) + ''.join(o + str(n) for o, n in zip(chosen, numbers[1:], strict=True)) + '='
+      if is_test(prompt) == (split == 'test') and prompt not in seen:
+        break
+    else:
+      raise ConfigError(f'data.options: the {split} split has fewer than {size} problems: {index} found; widen operands, low or high')
+    if split == 'test':
+      seen.add(prompt)
+    style = rng.choices(list(styles), list(styles.values()))[0] if split == 'train' else 'clean'
+    chain, result = worked(numbers, chosen, rng, style, sloppiness)
+    right = worked(numbers, chosen, rng, 'clean', 0)[1]
+    yield {
+      'prompt': prompt,
+      'chain_of_thought': '' if style == 'direct' else chain,
+      'completion': str(result),
+      'answer': str(right),
+    }

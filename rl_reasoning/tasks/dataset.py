@@ -1,0 +1,115 @@
+"""Rows from files: JSON lines or Parquet, a file, a folder, or a data set of the Hugging Face hub ('owner/name').
+
+Columns, as users of other trainers know them: `prompt`; `prompt` + `completion`; `messages`; `prompt` + `chain_of_thought` + `completion`;
+`prompt` + `answer`; further columns go to the reward functions.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+
+from rl_reasoning.config import ConfigError, check
+from rl_reasoning.tasks.arithmetic import is_test
+
+ENDINGS = ('.jsonl', '.json', '.parquet')
+
+
+def fetch(path: str) -> pathlib.Path:
+  """A file or folder here; else a download of the hub's data set of that name."""
+  local = pathlib.Path(path).expanduser()
+  if local.exists():
+    return local
+  check(path.count('/') == 1 and not path.startswith(('.', '/', '~')), f"config key 'data.path': {path!r} does not exist")
+  import huggingface_hub
+
+  try:
+    patterns = [f'*{ending}' for ending in ENDINGS]
+    return pathlib.Path(huggingface_hub.snapshot_download(path, repo_type='dataset', allow_patterns=patterns))
+  except Exception as error:  # the hub's errors have no common base
+    reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise ConfigError(f"config key 'data.path': {path!r} is no path here, and the hub gave {reason}") from None
+
+
+def files(path: str, split: str) -> list[pathlib.Path]:
+  """The files of a split: those whose name begins with it ('train.jsonl', 'train-00000-of-00001.parquet'), in any folder below."""
+  check(bool(path), "config key 'data.path' is empty: this task reads files")
+  where = fetch(path)
+  if where.is_file():
+    return [where]
+  return sorted(f for f in where.rglob(f'{split}*') if f.suffix in ENDINGS)
+
+
+def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+  """('file:line', row) of a file. Raises ConfigError naming the line that is not a JSON object."""
+  if path.suffix == '.parquet':
+    import pyarrow.parquet  # optional: it comes with tensorflow-datasets, and some releases abort at exit
+
+    for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+      yield f'{path}:{index}', row
+    return
+  with path.open(encoding='utf-8') as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        raise ConfigError(f'{path}:{number}: not JSON: {error}') from None
+      check(isinstance(row, dict), f'{path}:{number}: not a JSON object')
+      yield f'{path}:{number}', row
+
+
+def identity(row: Mapping) -> str:
+  """What two rows share when they ask the same: the prompt (or the turns before the last answer), case and spaces aside."""
+  asked = row.get('prompt')
+  if asked is None:
+    asked = [m for m in row['messages'] if m['role'] != 'assistant']
+  text = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True)
+  return ' '.join(text.lower().split())
+
+
+def check_messages(place: str, column: str, messages) -> None:
+  good = isinstance(messages, list) and messages and all(isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
+  check(bool(good), f'{place}: column {column!r} is not a list of {{"role", "content"}} messages')
+
+
+def check_row(place: str, row: Mapping) -> None:
+  check('prompt' in row or 'messages' in row, f'{place}: no column prompt or messages; columns: {", ".join(row)}')
+  for column in ('prompt', 'chain_of_thought', 'completion'):
+    value = row.get(column)
+    if column == 'prompt' and isinstance(value, list):
+      check_messages(place, column, value)
+    else:
+      check(column not in row or isinstance(value, str), f'{place}: column {column!r} is {type(value).__name__}, not text')
+  check(row.get('prompt', True) not in ('', []), f'{place}: the prompt is empty')
+  if 'messages' in row:
+    check_messages(place, 'messages', row['messages'])
+
+
+def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
+  """Rows of a split, in file order; `columns` renames {'name in the file': 'our name'}.
+
+  Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
+  """
+
+  def renamed(name: str) -> Iterator[dict]:
+    for file in files(path, name):
+      for place, row in read(file):
+        for theirs, ours in (columns or {}).items():
+          check(theirs in row, f"config key 'data.options.columns': {place} has no column {theirs!r}")
+          row[ours] = row.pop(theirs)
+        check_row(place, row)
+        yield row
+
+  single = files(path, split) == files(path, 'test' if split == 'train' else 'train')
+  held_out = {identity(row) for row in renamed('test')} if split == 'train' and not single else set()
+  count = 0
+  for row in renamed(split):
+    keep = is_test(identity(row)) == (split == 'test') if single else identity(row) not in held_out
+    if keep:
+      if count == size:
+        return
+      count += 1
+      yield row
