@@ -48,7 +48,8 @@ def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.Checkp
     options = ocp.CheckpointManagerOptions(
       max_to_keep=settings.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, save_root_metadata=False
     )
-  return ocp.CheckpointManager(directory, options=options, item_names=('params', 'opt', 'rest', 'position'))
+  handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ('params', 'opt', 'rest')}
+  return ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, 'position': ocp.JsonCheckpointHandler()})
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:

@@ -98,7 +98,8 @@ class MeshSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  every: int = 0  # steps; 0: never
+  every: int = 0  # steps; 0: never. The last step is always evaluated
+  at_start: bool = True  # also before the first step
   size: int = 200  # problems of the test split
   batch_size: int = 64  # prompts at once
   seed: int = 0  # of sampling evaluators

@@ -6,7 +6,7 @@ PRESETS: dict[str, Arch] = {
   # Tests: every axis is divisible by 8 virtual devices or by a mixture of mesh axes over them.
   'tiny': Arch(264, 64, 128, 2, 4, 4, 16),
   # The demo's model.
-  'nano': Arch(264, 128, 384, 4, 4, 4, 32),
+  'nano': Arch(264, 96, 256, 3, 4, 4, 24),
   'smollm2-135m': Arch(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100_000.0),
   'smollm2-360m': Arch(49152, 960, 2560, 32, 15, 5, 64, rope_theta=100_000.0),
   'qwen2.5-0.5b': Arch(

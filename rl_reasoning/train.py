@@ -108,7 +108,7 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
         writer.evaluation(step, evaluate.evaluate_all(run, state.params['policy'], problems))
 
     timer = metrics.PhaseTimer()
-    if state.step == 0:
+    if state.step == 0 and config.eval.at_start:
       run_evaluators(0)
     while state.step < config.total_steps:
       timer, start = metrics.PhaseTimer(), time.perf_counter()
