@@ -4,9 +4,11 @@ Command:  make demo      (python -m rl_reasoning.pipeline --config=configs/demo.
 """
 
 
-def get_config(seed: int = 0, sft_steps: int = 600, rl_steps: int = 120, high: int = 15, sloppiness: float = 0.6, direct: float = 0.4) -> dict:
+def get_config(
+  seed: int = 0, sft_steps: int = 700, rl_steps: int = 120, high: int = 9, sloppiness: float = 0.75, direct: float = 0.55
+) -> dict:
   model = {'preset': 'nano'}
-  task = {'operands': 3, 'high': high}
+  task = {'operands': 4, 'low': 2, 'high': high}
   evaluators = {
     'greedy': {},
     'forced': {'prefix': '<think>'},
@@ -26,7 +28,7 @@ def get_config(seed: int = 0, sft_steps: int = 600, rl_steps: int = 120, high: i
       'max_prompt_length': 16,
     },
     'objective': {'name': 'sft'},
-    'rollout': {'max_completion_length': 40},
+    'rollout': {'max_completion_length': 48},
     'optim': {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_updates': 20},
     'eval': {'every': sft_steps, 'at_start': False, 'size': 1000, 'batch_size': 250, 'seed': 1, 'evaluators': evaluators},
     'checkpoint': {'every': 200},
@@ -38,7 +40,7 @@ def get_config(seed: int = 0, sft_steps: int = 600, rl_steps: int = 120, high: i
     'roles': {'policy': {'init': '{workdir}/base'}},
     'data': {'task': 'arithmetic', 'train_size': 20_000, 'options': task, 'batch_size': 32, 'max_prompt_length': 16},
     'objective': {'name': 'grpo', 'aggregation': 'token_mean'},
-    'rollout': {'max_completion_length': 40},
+    'rollout': {'max_completion_length': 48},
     'rewards': {'functions': ('accuracy', 'format'), 'weights': (1.0, 0.2)},
     'optim': {'learning_rate': 2e-4, 'warmup_updates': 10},
     'eval': {'every': rl_steps, 'size': 1000, 'batch_size': 250, 'seed': 1, 'evaluators': evaluators},

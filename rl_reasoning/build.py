@@ -54,7 +54,7 @@ def resolve_arch(config: Config, keys_set: set[str]) -> Arch:
   source = config.roles.policy.init
   check(config.model.preset in PRESETS, f"config key 'model.preset': {config.model.preset!r} is none of {', '.join(PRESETS)}")
   wanted = {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}
-  from_mapping(Arch, config.model.arch | {k: v for k, v in wanted.items() if k not in config.model.arch}, 'model.arch.')
+  from_mapping(Arch, wanted, 'model.arch.')
   if not source:
     return from_mapping(Arch, wanted, 'model.arch.')
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
@@ -112,7 +112,10 @@ def inert(config: Config, objective) -> dict[str, str]:
   if not rl:
     drop('rewards', 'the objective reads no rewards')  # evaluators judge by accuracy and format, whatever the rewards
   if rl and 'data' not in objective.sources:
-    drop('data.max_length', 'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length')
+    drop(
+      'data.max_length',
+      'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length',
+    )
   if not config.eval.every:
     drop('eval', 'eval.every is 0')
     dead.pop('eval.every')
@@ -233,9 +236,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
 
   def logp(params, rows, entropy=False):
     temperature = jnp.where(rows.source_N == 0, config.rollout.temperature, 1.0)
-    return model.log_probs(
-      params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, entropy=entropy
-    )
+    return model.log_probs(params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, entropy=entropy)
 
   nets = {role: Net(arch, logp) for role in ('policy', 'ref')}
   shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))

@@ -67,7 +67,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
   except Exception as error:
     if 'no space left' not in str(error).lower():
       raise
-    text = f'no space left on {manager.directory} while saving step {state.step}; the last good checkpoint is that of step {before}'
+    text = (
+      f'no space left on {manager.directory} while saving step {state.step}; the last good checkpoint is that of step {before}'
+    )
     raise ConfigError(text) from error
 
 
@@ -83,7 +85,9 @@ def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -
     reason = ' '.join(str(error).split())[:600]
     raise ConfigError(f'checkpoint {folder} cannot be read (delete the folder to go back to an older one): {reason}') from error
   for name, part in parts.items():
-    check(int(fingerprint(part)) == expected[name], f'checkpoint {folder}: {name} is damaged: its contents are not what was saved')
+    check(
+      int(fingerprint(part)) == expected[name], f'checkpoint {folder}: {name} is damaged: its contents are not what was saved'
+    )
   return parts, position
 
 
@@ -104,14 +108,13 @@ def restore_params(workdir: str, role: str, shardings: PyTree = None) -> PyTree:
   """One role's weights of a run's newest checkpoint, straight into `shardings` (default: one device)."""
   manager = open_manager(workdir)
   step = manager.latest_step()
-  check(step is not None, f'{workdir}/checkpoints holds no checkpoint')
+  if step is None:
+    raise ConfigError(f'{workdir}/checkpoints holds no checkpoint')
   try:
-    metadata = manager.item_metadata(step)['params']
-    check(metadata is not None and role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
-  except ConfigError:
-    raise
+    metadata: dict[str, PyTree] = dict(manager.item_metadata(step)['params'] or {})
   except Exception as error:
     raise ConfigError(f'{workdir}/checkpoints/{step} cannot be read: {" ".join(str(error).split())[:600]}') from error
+  check(role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
   single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   make = functools.partial(jax.tree.map, lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s))
   like = {

@@ -130,8 +130,32 @@ class Config:
 
 
 # What must be positive, and what may be zero. Checked once here, so that no module has to.
-POSITIVE = ['total_steps', 'log_every', 'data.batch_size', 'data.max_prompt_length', 'data.max_length', 'rollout.max_completion_length', 'rollout.chunk', 'optim.learning_rate', 'eval.size', 'eval.batch_size', 'checkpoint.every', 'checkpoint.keep']
-NOT_NEGATIVE = ['seed', 'data.train_size', 'rollout.temperature', 'rollout.top_k', 'rollout.min_p', 'optim.warmup_updates', 'optim.grad_clip', 'optim.micro_batch', 'eval.every', 'eval.seed']
+POSITIVE = [
+  'total_steps',
+  'log_every',
+  'data.batch_size',
+  'data.max_prompt_length',
+  'data.max_length',
+  'rollout.max_completion_length',
+  'rollout.chunk',
+  'optim.learning_rate',
+  'eval.size',
+  'eval.batch_size',
+  'checkpoint.every',
+  'checkpoint.keep',
+]
+NOT_NEGATIVE = [
+  'seed',
+  'data.train_size',
+  'rollout.temperature',
+  'rollout.top_k',
+  'rollout.min_p',
+  'optim.warmup_updates',
+  'optim.grad_clip',
+  'optim.micro_batch',
+  'eval.every',
+  'eval.seed',
+]
 CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),

@@ -94,23 +94,26 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
     check(not data.path, f"config key 'data.path' cannot act: data.task {data.task!r} reads no file")
     check(bool(size), f"config key 'data.train_size': data.task {data.task!r} makes its rows, say how many")
     content = hashlib.sha256(inspect.getsource(task).encode()).hexdigest()
-  name = digest({'task': data.task, 'options': plain(data.options), 'content': content, 'split': split, 'seed': seed, 'size': size})
+  name = digest(
+    {'task': data.task, 'options': plain(data.options), 'content': content, 'split': split, 'seed': seed, 'size': size}
+  )
   folder = epath.Path(os.path.expanduser(data.cache_dir)) / data.task / f'{split}_{name}'
   rows = task.rows(split, seed, size, data.path, **data.options)
   builder = Rows(rows, data_dir=folder)
   if not epath.Path(builder.data_path).exists():
     first = next(rows, None)
-    check(first is not None, f"data.task {data.task!r}: the {split} split {f'of {data.path!r} ' * bool(data.path)}is empty")
+    check(first is not None, f'data.task {data.task!r}: the {split} split {f"of {data.path!r} " * bool(data.path)}is empty')
     builder.rows = (row for part in ((first,), rows) for row in part)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
       builder.download_and_prepare(file_format='array_record')  # into a temporary folder, renamed when whole
-  return Source(builder.as_data_source('rows'))
+  read: Any = builder.as_data_source
+  return Source(read('rows'))
 
 
 def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict], int]:
   """(rows, next cursor): rows cursor .. cursor + size of an endless stream, shuffled anew every epoch."""
-  stream = source.shuffled(seed)
+  stream: Any = source.shuffled(seed)
   return [stream[i] for i in range(cursor, cursor + size)], cursor + size
 
 
@@ -126,7 +129,7 @@ def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, template: str, ma
     check('prompt' in row, f'a row has no column prompt to roll out from; columns: {", ".join(row)}')
     ids = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))
     check(len(ids) <= max_prompt_length,
-          f"config key 'data.max_prompt_length': {max_prompt_length}, but a prompt has {len(ids)} tokens: {excerpt(row['prompt'])}")  # fmt: skip
+          f"config key 'data.max_prompt_length': {max_prompt_length}, but a prompt has {len(ids)}: {excerpt(row['prompt'])}")  # fmt: skip
     prompts.append(ids)
   return prompts
 

@@ -1,6 +1,6 @@
 """Evaluators: held-out problems -> completions -> accuracy, format, length, pass@k. Named in the config:
 
-  eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0}}
+eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0}}
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
   return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else float('nan')
 
 
-def evaluate(run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator) -> tuple[dict[str, float], list[dict]]:
+def evaluate(
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator
+) -> tuple[dict[str, float], list[dict]]:
   """(metrics, samples). Accuracy is whether the answer is right whatever the format; strict accuracy asks for the format too.
 
   Tokens are a function of (eval.seed, problem, member): an evaluation repeats exactly.
@@ -92,7 +94,9 @@ def evaluate(run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluato
   }
   accuracy, form = REWARDS['accuracy_flexible'](**arguments), REWARDS['format'](**arguments)
   judged = [a is not None for a in accuracy]
-  check(any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked')
+  check(
+    any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked'
+  )
   for sample, a, f in zip(samples, accuracy, form, strict=True):
     sample.update(accuracy=a, format=f)
   per_problem = np.asarray([a or 0.0 for a in accuracy]).reshape(-1, n)

@@ -170,7 +170,9 @@ class Writer:
       print(f'step {step}/{self.total} {text} left {int(left) // 60}:{int(left) % 60:02d}', flush=True)
 
   def evaluation(self, step: int, evaluators: Mapping[str, Mapping[str, float]]) -> None:
-    self.evaluations.append({'step': step, 'evaluators': {n: {k: finite(v) for k, v in m.items()} for n, m in evaluators.items()}})
+    self.evaluations.append(
+      {'step': step, 'evaluators': {n: {k: finite(v) for k, v in m.items()} for n, m in evaluators.items()}}
+    )
     for name, metrics in evaluators.items():
       for key, value in metrics.items():
         self.board.add_scalar(f'eval/{name}/{key}', value, step)

@@ -101,6 +101,7 @@ def is_weight(x) -> bool:
 
 def init(key: jax.Array, arch: Arch) -> PyTree:
   """Random float32 weights. Each weight has a key of its own path, so adding one leaves the others as they were."""
+
   def make(path, w: Weight):
     if w.scale == -1:
       return jnp.ones(w.shape, jnp.float32)
@@ -257,7 +258,7 @@ def log_probs(
   The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
   """
   hidden, _ = forward(params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat)
-  N, T, D = hidden.shape
+  N, T, _ = hidden.shape
   target = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
   scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), (N,))[:, None, None]
   W = head(params)

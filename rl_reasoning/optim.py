@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -26,7 +27,7 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
 
   Raises ConfigError for an unknown optimizer, or an option that it does not take.
   """
-  build = getattr(optax, optim.name, None)
+  build: Any = getattr(optax, optim.name, None)
   check(callable(build) and 'learning_rate' in inspect.signature(build).parameters,
         f"config key 'optim.name': optax has no optimizer {optim.name!r}")  # fmt: skip
   known = inspect.signature(build).parameters
@@ -44,7 +45,7 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
   options = dict(optim.options)
   if 'mask' in known and 'weight_decay' in known:
     options = {'weight_decay': 0.0, 'mask': decays, **options}  # optax.adamw's own default decays silently
-  steps = [build(schedule, **options)]
+  steps: list[Any] = [build(schedule, **options)]
   if optim.grad_clip:
     steps.insert(0, optax.clip_by_global_norm(optim.grad_clip))
   return optax.chain(*steps), schedule

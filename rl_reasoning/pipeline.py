@@ -48,7 +48,7 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
 
 
 def main(argv: list[str]) -> int:
-  flags = dict(a.removeprefix('--').partition('=')[::2] for a in argv)
+  flags: dict[str, str] = {name: value for name, _, value in (a.removeprefix('--').partition('=') for a in argv)}
   try:
     unknown = set(flags) - {'config', 'workdir', 'overwrite'}
     check(not unknown, f'flags {sorted(unknown)} are unknown')

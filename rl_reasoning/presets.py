@@ -9,12 +9,8 @@ PRESETS: dict[str, Arch] = {
   'nano': Arch(264, 96, 256, 3, 4, 4, 24),
   'smollm2-135m': Arch(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100_000.0),
   'smollm2-360m': Arch(49152, 960, 2560, 32, 15, 5, 64, rope_theta=100_000.0),
-  'qwen2.5-0.5b': Arch(
-    151936, 896, 4864, 24, 14, 2, 64, rope_theta=1_000_000.0, rms_norm_eps=1e-6, qkv_bias=True
-  ),
-  'qwen2.5-1.5b': Arch(
-    151936, 1536, 8960, 28, 12, 2, 128, rope_theta=1_000_000.0, rms_norm_eps=1e-6, qkv_bias=True
-  ),
+  'qwen2.5-0.5b': Arch(151936, 896, 4864, 24, 14, 2, 64, rope_theta=1_000_000.0, rms_norm_eps=1e-6, qkv_bias=True),
+  'qwen2.5-1.5b': Arch(151936, 1536, 8960, 28, 12, 2, 128, rope_theta=1_000_000.0, rms_norm_eps=1e-6, qkv_bias=True),
   'qwen2.5-7b': Arch(
     152064, 3584, 18944, 28, 28, 4, 128, rope_theta=1_000_000.0, rms_norm_eps=1e-6, tie_word_embeddings=False, qkv_bias=True
   ),

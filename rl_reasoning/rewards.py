@@ -98,7 +98,9 @@ def resolve(name: str) -> Reward:
   return function
 
 
-def call(name: str, prompts: Sequence, completions: Sequence, ids: Sequence, columns: Mapping[str, Sequence]) -> list[float | None]:
+def call(
+  name: str, prompts: Sequence, completions: Sequence, ids: Sequence, columns: Mapping[str, Sequence]
+) -> list[float | None]:
   values = list(resolve(name)(prompts=prompts, completions=completions, completion_ids=ids, **columns))
   if len(values) != len(completions):
     raise ValueError(f'returned {len(values)} rewards for {len(completions)} completions')

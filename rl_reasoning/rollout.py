@@ -63,7 +63,7 @@ def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Ar
 @functools.partial(jax.jit, static_argnames=('decoder',))
 def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array, u_BGC: Array) -> tuple[tuple, Decoding]:
   """Prompt cache per layer, and the first sampled token of each row."""
-  arch, (B, P), (_, G, C) = decoder.arch, prompts_BP.shape, u_BGC.shape
+  arch, (B, G, C) = decoder.arch, u_BGC.shape
   position = jnp.maximum(jnp.cumsum(valid_BP, axis=1) - 1, 0)
   hidden, extras = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
   k, v = extras['cache']  # [L, B, P, K, H]

@@ -52,8 +52,7 @@ def named(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], name
   for size, axis in zip(shape, axes, strict=True):
     if axis and size % axis_size(mesh, axis):
       raise ValueError(
-        f'{name}: axis {axis!r} of size {size} does not divide over {axis_size(mesh, axis)} devices '
-        f'(mesh {dict(mesh.shape)})'
+        f'{name}: axis {axis!r} of size {size} does not divide over {axis_size(mesh, axis)} devices (mesh {dict(mesh.shape)})'
       )
   return NamedSharding(mesh, spec(*axes))
 

@@ -17,6 +17,7 @@ from flax import struct
 
 Array = jax.Array | np.ndarray
 PyTree = Any
+Maybe = Any  # an Array, or None where the field is absent
 
 ROLLOUT, DATA = 0, 1  # values of Batch.source_N
 
@@ -35,16 +36,16 @@ class Batch:
   mask_NT: Array  # float32, 0 or 1
   source_N: Array  # int32, ROLLOUT or DATA
   group_N: Array  # int32, prompt id within the step
-  logp_sample_NT: Array | None = None  # as the sampler computed it
-  logp_old_NT: Array | None = None  # as the trainer computes it before the step's first update
-  logp_ref_NT: Array | None = None
-  rewards_NR: Array | None = None  # one column a reward function
-  has_reward_NR: Array | None = None
-  reward_N: Array | None = None  # made by prepare
-  has_reward_N: Array | None = None
-  truncated_N: Array | None = None  # 1 where the completion was cut at the limit
-  advantage_NT: Array | None = None
-  weight_NT: Array | None = None  # written by train_step.weigh alone
+  logp_sample_NT: Maybe = None  # as the sampler computed it
+  logp_old_NT: Maybe = None  # as the trainer computes it before the step's first update
+  logp_ref_NT: Maybe = None
+  rewards_NR: Maybe = None  # one column a reward function
+  has_reward_NR: Maybe = None
+  reward_N: Maybe = None  # made by prepare
+  has_reward_N: Maybe = None
+  truncated_N: Maybe = None  # 1 where the completion was cut at the limit
+  advantage_NT: Maybe = None
+  weight_NT: Maybe = None  # written by train_step.weigh alone
   extras: dict[str, Array] = struct.field(default_factory=dict)
 
 
@@ -76,8 +77,8 @@ class TrainState:
 class Mean:
   """A metric that merges by adding: value = total / count. Count 0 means that there was nothing to measure."""
 
-  total: Array
-  count: Array
+  total: Array | float
+  count: Array | float
 
 
 @struct.dataclass

@@ -83,7 +83,8 @@ class HFTokenizer:
     if path.endswith('.gguf'):
       from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer
 
-      self.inner, more = load_gguf_tokenizer(path), ()
+      self.inner: Any = load_gguf_tokenizer(path)
+      more: Any = ()
     else:
       self.inner = transformers.AutoTokenizer.from_pretrained(path)
       try:

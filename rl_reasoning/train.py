@@ -1,6 +1,6 @@
 """One run: build, then the one loop.
 
-  python -m rl_reasoning.train --config=configs/tiny.py:objective=grpo --workdir=DIR [--config.KEY=VALUE ...] [--overwrite] [--explain[=json]]
+  python -m rl_reasoning.train --config=FILE.py:NAME=VALUE --workdir=DIR [--config.KEY=VALUE ...] [--overwrite] [--explain[=json]]
 
 Exit codes: 0 done, 2 the user's error, 3 diverged.
 """

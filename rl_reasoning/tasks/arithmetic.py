@@ -57,10 +57,14 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
   styles = dict(styles or {'clean': 1.0})
   for name in styles:
     check(name in STYLES, f"config key 'data.options.styles.{name}' is none of {', '.join(STYLES)}")
-  check(min(styles.values()) >= 0 < sum(styles.values()), "config key 'data.options.styles': weights are >= 0, and one is positive")
+  check(
+    min(styles.values()) >= 0 < sum(styles.values()), "config key 'data.options.styles': weights are >= 0, and one is positive"
+  )
   check(operands >= 2, f"config key 'data.options.operands': {operands} must be at least 2")
   check(0 <= low <= high, f"config key 'data.options.low': {low} is not within 0 and high = {high}")
-  check(bool(operators) and set(operators) <= set('+-*'), f"config key 'data.options.operators': {operators!r} has others than + - *")
+  check(
+    bool(operators) and set(operators) <= set('+-*'), f"config key 'data.options.operators': {operators!r} has others than + - *"
+  )
   check(0 <= sloppiness <= 1, f"config key 'data.options.sloppiness': {sloppiness} is not in [0, 1]")
   seen: set[str] = set()
   for index in range(size or 0):
@@ -72,7 +76,9 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
       if is_test(prompt) == (split == 'test') and prompt not in seen:
         break
     else:
-      raise ConfigError(f'data.options: the {split} split has fewer than {size} problems: {index} found; widen operands, low or high')
+      raise ConfigError(
+        f'data.options: the {split} split has fewer than {size} problems: {index} found; widen operands, low or high'
+      )
     if split == 'test':
       seen.add(prompt)
     style = rng.choices(list(styles), list(styles.values()))[0] if split == 'train' else 'clean'

@@ -27,7 +27,9 @@ def build(rng: random.Random, count: int, high: int) -> tuple[list[int], str, st
   return numbers, ';'.join(steps), expression[1:-1], value
 
 
-def rows(split: str, seed: int, size: int | None, path: str = '', *, count: int = 3, high: int = 20, max_target: int = 100) -> Iterator[dict]:
+def rows(
+  split: str, seed: int, size: int | None, path: str = '', *, count: int = 3, high: int = 20, max_target: int = 100
+) -> Iterator[dict]:
   """`size` rows {prompt, chain_of_thought, completion, numbers, target}; `completion` is one of the right expressions."""
   check(count >= 2, f"config key 'data.options.count': {count} must be at least 2")
   check(high >= 1, f"config key 'data.options.high': {high} must be at least 1")
@@ -40,7 +42,9 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, count: int 
       if target <= max_target and is_test(prompt) == (split == 'test') and prompt not in seen:
         break
     else:
-      raise ConfigError(f'data.options: the {split} split has fewer than {size} problems: {index} found; widen count, high or max_target')
+      raise ConfigError(
+        f'data.options: the {split} split has fewer than {size} problems: {index} found; widen count, high or max_target'
+      )
     if split == 'test':
       seen.add(prompt)
     yield {'prompt': prompt, 'chain_of_thought': chain, 'completion': expression, 'numbers': numbers, 'target': target}

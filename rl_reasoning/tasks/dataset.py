@@ -71,7 +71,9 @@ def identity(row: Mapping) -> str:
 
 
 def check_messages(place: str, column: str, messages) -> None:
-  good = isinstance(messages, list) and messages and all(isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
+  good = (
+    isinstance(messages, list) and messages and all(isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
+  )
   check(bool(good), f'{place}: column {column!r} is not a list of {{"role", "content"}} messages')
 
 

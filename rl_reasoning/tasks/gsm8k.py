@@ -15,7 +15,9 @@ MARKS = re.compile(r'<<[^<>]*>>')  # the data set's calculator annotations
 def files(path: str, split: str) -> list[pathlib.Path]:
   found = dataset.files(path or 'openai/gsm8k', split)
   main = [f for f in found if f.parent.name != 'socratic']  # the hub holds a second wording of the same answers
-  check(not found or not pathlib.Path(path).is_file(), f"config key 'data.path': {path!r} is a file; give the folder of both splits")
+  check(
+    not found or not pathlib.Path(path).is_file(), f"config key 'data.path': {path!r} is a file; give the folder of both splits"
+  )
   return main
 
 

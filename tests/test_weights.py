@@ -1,0 +1,337 @@
+"""Weights of other programs: logits as PyTorch computes them, files written and read back, and every bad file refused by name."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
+
+from rl_reasoning import model, sharding, weights
+from rl_reasoning.config import ConfigError
+from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer
+
+FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+NAMES = ('llama', 'qwen2', 'qwen3')
+Q = 'model.layers.1.self_attn.q_proj.weight'
+
+
+def logits_of(params, arch, tokens):
+  position = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  hidden, _ = model.forward(params, arch, tokens, np.ones_like(tokens), position)
+  return model.logits(hidden, model.head(params))
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def copy(tmp_path, name='llama', config=(), tensors=None):
+  """A fixture to spoil: config keys changed (None: removed), tensors passed through a function."""
+  folder = tmp_path / name
+  shutil.copytree(FIXTURES / name, folder)
+  settings = {**json.loads((folder / 'config.json').read_text()), **dict(config)}
+  (folder / 'config.json').write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+  if tensors:
+    save_file(tensors(load_file(folder / 'model.safetensors')), folder / 'model.safetensors')
+  return str(folder)
+
+
+def read(path):
+  return weights.load(path, weights.read_arch(path))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_are_those_of_transformers(name):
+  arch, golden = weights.read_arch(str(FIXTURES / name)), np.load(FIXTURES / name / 'golden.npz')
+  params = weights.load(str(FIXTURES / name), arch)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+  np.testing.assert_allclose(logits_of(params, arch, golden['tokens']), golden['logits'], atol=1e-4)
+  other = dataclasses.replace(arch, rope_theta=2 * arch.rope_theta)
+  assert np.abs(logits_of(params, other, golden['tokens']) - golden['logits']).max() > 0.01
+
+
+def test_arch_of_fixtures():
+  llama, qwen2, qwen3 = (weights.read_arch(str(FIXTURES / name)) for name in NAMES)
+  assert llama == model.Arch(64, 32, 48, 2, 4, 2, 8, rope_theta=500.0, rms_norm_eps=1e-5, tie_word_embeddings=False)
+  assert qwen2 == model.Arch(64, 32, 48, 2, 4, 2, 8, rope_theta=300.0, rms_norm_eps=1e-6, qkv_bias=True)
+  assert qwen3 == model.Arch(64, 32, 48, 2, 4, 2, 16, rope_theta=700.0, rms_norm_eps=1e-6, qk_norm=True)
+
+
+@pytest.mark.parametrize('rope', [
+  {'rope_parameters': None, 'rope_theta': 500.0},
+  {'rope_parameters': None, 'rope_theta': 500.0, 'rope_scaling': {'type': 'default'}},
+  {'rope_parameters': None, 'rope_scaling': {'rope_type': 'default', 'rope_theta': 500.0}},
+])  # fmt: skip
+def test_rope_theta_wherever_it_is_written(tmp_path, rope):
+  assert weights.read_arch(copy(tmp_path, config=rope)) == weights.read_arch(str(FIXTURES / 'llama'))
+
+
+def test_defaults_of_old_configs(tmp_path):
+  arch = weights.read_arch(copy(tmp_path, config=dict.fromkeys(('head_dim', 'num_key_value_heads', 'rope_parameters'))))
+  assert (arch.head_dim, arch.num_key_value_heads, arch.rope_theta) == (8, 4, 10_000.0)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_save_and_load(tmp_path, name):
+  from transformers import AutoConfig
+
+  source = copy(tmp_path, name)
+  for file in ('tokenizer.json', 'generation_config.json'):
+    (pathlib.Path(source) / file).write_text(f'{{"{file}": 1}}')
+  params, arch, target = read(source), weights.read_arch(source), str(tmp_path / 'new' / 'saved')
+  weights.save(params, arch, target, source)
+  assert weights.read_arch(target) == arch
+  assert_same(weights.load(target, arch), params)
+  old, new = (load_file(f'{folder}/model.safetensors') for folder in (source, target))
+  assert old.keys() == new.keys() and all(np.array_equal(old[k], new[k]) for k in old)
+  files = {'config.json', 'model.safetensors', 'tokenizer.json', 'generation_config.json'}
+  assert {p.name for p in pathlib.Path(target).iterdir()} == files
+  config, original = AutoConfig.from_pretrained(target), AutoConfig.from_pretrained(source)
+  assert type(config) is type(original) and config.architectures == original.architectures
+  for key in ('rope_parameters', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads'):
+    assert getattr(config, key) == getattr(original, key), key
+  with pytest.raises(ConfigError, match='saved: exists already'):
+    weights.save(params, arch, target)
+
+
+def test_failed_save_leaves_nothing(tmp_path):
+  arch = weights.read_arch(str(FIXTURES / 'llama'))
+  params = weights.load(str(FIXTURES / 'llama'), arch)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ConfigError, match='empty: no tokenizer files'):
+    weights.save(params, arch, str(tmp_path / 'out'), str(tmp_path / 'empty'))
+  with pytest.raises(ConfigError, match='qkv_bias and qk_norm'):
+    weights.save(params, dataclasses.replace(arch, qkv_bias=True, qk_norm=True), str(tmp_path / 'out'))
+  assert [p.name for p in tmp_path.iterdir()] == ['empty']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_onto_a_mesh_and_back(tmp_path, name):
+  arch, path = weights.read_arch(str(FIXTURES / name)), str(FIXTURES / name)
+  mesh = sharding.make_mesh(1, 4, 2)
+  places = jax.tree.map(lambda w: sharding.named(mesh, w.shape, w.axes, w.hf), model.weight_table(arch), is_leaf=model.is_weight)
+  params = weights.load(path, arch, places)
+  assert jax.tree.map(lambda x: x.sharding, params) == places
+  assert params['layers']['q'].addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, arch.head_dim)
+  assert_same(params, weights.load(path, arch))
+  weights.save(params, arch, str(tmp_path / 'saved'))
+  assert_same(params, read(str(tmp_path / 'saved')))
+
+
+def test_shards_and_bfloat16(tmp_path):
+  folder = pathlib.Path(copy(tmp_path))
+  tensors = {k: x.astype(ml_dtypes.bfloat16) for k, x in load_file(folder / 'model.safetensors').items()}
+  (folder / 'model.safetensors').unlink()
+  parts = {'a.safetensors': sorted(tensors)[:7], 'b.safetensors': sorted(tensors)[7:]}
+  for file, names in parts.items():
+    save_file({name: tensors[name] for name in names}, folder / file)
+  where = {name: file for file, names in parts.items() for name in names}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': where}))
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), read(str(FIXTURES / 'llama')))
+  assert_same(read(str(folder)), rounded)
+  (folder / 'b.safetensors').unlink()
+  with pytest.raises(ConfigError, match=r'b\.safetensors: no such file'):
+    read(str(folder))
+
+
+def without(name):
+  return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+def plus(name, value):
+  return lambda tensors: {**tensors, name: value(tensors)}
+
+
+@pytest.mark.parametrize('name, change, message', [
+  ('llama', without(Q), f'llama: 1 weights are missing: {Q}'),
+  ('llama', without('lm_head.weight'), 'missing: lm_head.weight'),
+  ('llama', plus('model.layers.0.self_attn.q_proj.bias', lambda t: np.zeros(32, np.float32)),
+   r'model\.safetensors: 1 tensors that no weight reads: model\.layers\.0\.self_attn\.q_proj\.bias'),
+  ('llama', plus('model.layers.2.mlp.up_proj.weight', lambda t: t['model.layers.1.mlp.up_proj.weight']), r'reads: model\.layers\.2'),
+  ('llama', plus(Q, lambda t: np.zeros((32, 31), np.float32)), rf'safetensors: tensor {Q} has shape \(32, 31\).*needs \(32, 32\)'),
+  ('llama', plus(Q, lambda t: np.zeros((32, 32), np.int8)), rf'safetensors: tensor {Q}: dtype I8'),
+  ('qwen2', plus('model.layers.0.self_attn.k_proj.bias', lambda t: np.zeros((16, 1), np.float32)), r'k_proj\.bias has shape \(16, 1\)'),
+  ('qwen3', plus('lm_head.weight', lambda t: t['model.embed_tokens.weight'] + 1), r'safetensors: tensor lm_head\.weight differs'),
+])  # fmt: skip
+def test_wrong_tensors_are_named(tmp_path, name, change, message):
+  with pytest.raises(ConfigError, match=message):
+    read(copy(tmp_path, name, tensors=change))
+
+
+def test_tensors_that_say_nothing_are_ignored(tmp_path):
+  def change(tensors):
+    frequencies = {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(4, np.float32)}
+    return {**tensors, **frequencies, 'lm_head.weight': tensors['model.embed_tokens.weight'].copy()}
+
+  assert_same(read(copy(tmp_path, 'qwen3', tensors=change)), read(str(FIXTURES / 'qwen3')))
+
+
+@pytest.mark.parametrize('config, message', [
+  ({'model_type': 'mixtral'}, r"config\.json: model_type 'mixtral' is none of llama, qwen2, qwen3"),
+  ({'model_type': None}, "config.json: no key 'model_type'"),
+  ({'vocab_size': None}, "no key 'vocab_size'"),
+  ({'num_attention_heads': None}, "no key 'num_attention_heads'"),
+  ({'num_attention_heads': '4'}, "num_attention_heads '4' is no positive integer"),
+  ({'intermediate_size': 'x'}, 'intermediate_size.*not of type int'),
+  ({'num_key_value_heads': 3}, 'config.json: .*not a multiple'),
+  ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+  ({'attention_bias': True}, 'attention_bias'),
+  ({'mlp_bias': True}, 'mlp_bias'),
+  ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}, 'rope_parameters': None}, "rope type 'llama3'"),
+  ({'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_parameters': None}, "rope type 'linear'"),
+  ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope type 'yarn'"),
+  ({'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}, 'full_attention'),
+  ({'layer_types': ['full_attention', 'sliding_attention']}, 'sliding_attention'),
+  ({'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 1}, 'sliding_window 8 is in use from layer 1 of 2'),
+])  # fmt: skip
+def test_config_that_is_not_this_model(tmp_path, config, message):
+  with pytest.raises(ConfigError, match=message):
+    weights.read_arch(copy(tmp_path, config=config))
+
+
+def test_sliding_window_that_is_not_in_use(tmp_path):
+  weights.read_arch(copy(tmp_path, config={'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 2}))
+
+
+def test_folders_that_are_no_model(tmp_path):
+  folder = pathlib.Path(copy(tmp_path))
+  arch, file = weights.read_arch(str(folder)), folder / 'model.safetensors'
+  content = file.read_bytes()
+  for bad in (content[:-1], content[:100], b'', b'\xff' * 200):
+    file.write_bytes(bad)
+    with pytest.raises(ConfigError, match=r'llama/model\.safetensors: truncated or no safetensors'):
+      weights.load(str(folder), arch)
+  file.unlink()
+  with pytest.raises(ConfigError, match='llama: no weights'):
+    weights.load(str(folder), arch)
+  (folder / 'pytorch_model.bin').write_bytes(content)
+  with pytest.raises(
+    ConfigError, match=r'llama: only pytorch_model\.bin: pickle is not read; convert the weights to safetensors'
+  ):
+    weights.load(str(folder), arch)
+  (folder / 'config.json').write_text('{"model_type": ')
+  with pytest.raises(ConfigError, match=r'llama/config\.json: not JSON'):
+    weights.read_arch(str(folder))
+  (folder / 'config.json').unlink()
+  with pytest.raises(ConfigError, match=r'llama/config\.json: no such file'):
+    weights.read_arch(str(folder))
+
+
+MERGES = ['h e', 'l l', 'he ll', 'hell o', 'Ġ w', '1 2']
+TOKENS = ['<|end|>', '<|user|>', '<tool>', *sorted(pre_tokenizers.ByteLevel.alphabet())] + [m.replace(' ', '') for m in MERGES]
+TEMPLATE = "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}"
+
+
+def permuted(x, heads):
+  """As llama.cpp's convert_hf_to_gguf.py writes Q and K."""
+  return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, more=()):
+  """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and six merges."""
+  writer = gguf.GGUFWriter(path, architecture)
+  writer.add_block_count(2)
+  writer.add_embedding_length(32)
+  writer.add_feed_forward_length(48)
+  writer.add_head_count(4)
+  writer.add_head_count_kv(2)
+  writer.add_rope_freq_base(500.0)
+  if eps:
+    writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_tokenizer_model(kind)
+  writer.add_tokenizer_pre(pre)
+  writer.add_token_list(TOKENS)
+  writer.add_token_types([3, 3, 4] + [1] * (len(TOKENS) - 3))
+  writer.add_token_merges(MERGES)
+  writer.add_eos_token_id(0)
+  writer.add_pad_token_id(1)
+  writer.add_chat_template(TEMPLATE)
+  short = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output', 'input_layernorm': 'attn_norm',
+           'post_attention_layernorm': 'ffn_norm', 'self_attn.': 'attn_', 'mlp.': 'ffn_', 'o_proj': 'output', '_proj': '',
+           'model.layers': 'blk'}  # fmt: skip
+  for name, x in tensors.items():
+    if 'q_proj' in name or 'k_proj' in name:
+      x = permuted(x, 4 if 'q_proj' in name else 2)
+    for old, new in short.items():
+      name = name.replace(old, new)
+    writer.add_tensor(name, x.astype(np.float16) if x.ndim == 2 else x)
+  for name, x in dict(more).items():
+    writer.add_tensor(name, x)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return str(path)
+
+
+@pytest.fixture
+def llama():
+  return load_file(FIXTURES / 'llama' / 'model.safetensors')
+
+
+def test_gguf_loads_what_it_was_made_from(tmp_path, llama):
+  path = write_gguf(tmp_path / 'tiny.gguf', llama)
+  assert weights.read_arch(path) == weights.read_arch(str(FIXTURES / 'llama'))
+  halved = copy(tmp_path, tensors=lambda t: {k: x.astype(np.float16) if x.ndim == 2 else x for k, x in t.items()})
+  assert_same(read(path), read(halved))
+  tied = write_gguf(tmp_path / 'tied.gguf', without('lm_head.weight')(llama))
+  assert weights.read_arch(tied) == dataclasses.replace(weights.read_arch(path), tie_word_embeddings=True)
+  assert 'lm_head' not in read(tied)
+
+
+def test_bad_gguf_is_refused_by_name(tmp_path, llama):
+  content = pathlib.Path(write_gguf(tmp_path / 'whole.gguf', llama)).read_bytes()
+  for size in (0, 100, len(content) // 2, len(content) - 64):
+    (tmp_path / f'cut{size}.gguf').write_bytes(content[:size])
+    with pytest.raises(ConfigError, match=rf'cut{size}\.gguf: truncated or no GGUF file'):
+      read(str(tmp_path / f'cut{size}.gguf'))
+  cases = [
+    (dict(architecture='gemma'), r"1\.gguf: general\.architecture 'gemma'"),
+    (dict(eps=False), r"2\.gguf: no metadata key 'llama\.attention\.layer_norm_rms_epsilon'"),
+    (dict(more={'rope_freqs.weight': np.ones(4, np.float32)}), r'3\.gguf: 1 tensors that no weight reads: rope_freqs\.weight'),
+    (dict(tensors=without(Q)(llama)), rf'4\.gguf: 1 weights are missing: {Q}'),
+    (dict(tensors=plus(Q, lambda t: np.ones((16, 32), np.float32))(llama)), rf'5\.gguf: tensor {Q} has shape \(16, 32\)'),
+    (dict(tensors=without('model.embed_tokens.weight')(llama)), r'6\.gguf: no tensor token_embd\.weight'),
+  ]
+  for number, (settings, message) in enumerate(cases, 1):
+    with pytest.raises(ConfigError, match=message):
+      read(write_gguf(tmp_path / f'{number}.gguf', **{'tensors': llama, **settings}))
+  with pytest.raises(ConfigError, match=r'absent\.gguf: no such file'):
+    weights.read_arch(str(tmp_path / 'absent.gguf'))
+
+
+def test_gguf_tokenizer(tmp_path, llama):
+  path = write_gguf(tmp_path / 'tiny.gguf', llama)
+  tokenizer, ids = load_gguf_tokenizer(path), {token: i for i, token in enumerate(TOKENS)}
+  assert len(tokenizer) == len(TOKENS) and tokenizer.chat_template == TEMPLATE
+  assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, None)
+  assert tokenizer.encode('hello w') == [ids['hello'], ids['Ġw']]
+  assert tokenizer.encode('12') == [ids['1'], ids['2']]  # digits stand alone, whatever the merges say
+  assert tokenizer.encode('<|user|>he<tool><|end|>') == [1, ids['he'], 2, 0]
+  for text in ('hello world', '  two  spaces\n\tand 1234.5', 'naïve 你好 🙂', '<|user|>hi<|end|>\n'):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  assert tokenizer.decode(tokenizer.encode('hello<tool><|end|>'), skip_special_tokens=True) == 'hello<tool>'
+  with pytest.raises(ConfigError, match=r"pre\.gguf: pre-tokenizer 'llama-bpe' is none of smollm"):
+    load_gguf_tokenizer(write_gguf(tmp_path / 'pre.gguf', llama, pre='llama-bpe'))
+  with pytest.raises(ConfigError, match=r"kind\.gguf: tokenizer model 'llama'"):
+    load_gguf_tokenizer(write_gguf(tmp_path / 'kind.gguf', llama, kind='llama'))
+
+
+def test_export_of_a_gguf_takes_its_tokenizer_along(tmp_path, llama):
+  from transformers import AutoTokenizer
+
+  path = write_gguf(tmp_path / 'tiny.gguf', llama)
+  weights.save(read(path), weights.read_arch(path), str(tmp_path / 'saved'), path)
+  new, old = AutoTokenizer.from_pretrained(tmp_path / 'saved'), load_gguf_tokenizer(path)
+  text = '<|user|>hello 12 naïve<tool><|end|>'
+  assert new.encode(text) == old.encode(text) and new.eos_token_id == 0 and new.chat_template == TEMPLATE
+  assert json.loads((tmp_path / 'saved' / 'generation_config.json').read_text()) == {'eos_token_id': 0, 'pad_token_id': 1}
