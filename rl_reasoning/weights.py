@@ -116,6 +116,7 @@ def gguf_arch(path: str) -> Arch:
   shapes = {tensor.name: tensor.shape.tolist() for tensor in open_gguf(path).tensors}
   check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
   heads, D = get('attention.head_count'), get('embedding_length')
+  check(isinstance(heads, int) and heads > 0, f'{path}: llama.attention.head_count {heads!r} is no positive integer')
   arch = make_arch(path, {
     'vocab_size': shapes['token_embd.weight'][-1],
     'hidden_size': D,
@@ -144,8 +145,8 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    names = read_json(index).get('weight_map')
-    check(isinstance(names, dict) and bool(names), f"{index}: no key 'weight_map'")
+    names = read_json(index).get('weight_map') or {}
+    check(bool(names), f"{index}: no key 'weight_map'")
     files = [folder / name for name in sorted(set(names.values()))]
   else:
     files = [folder / 'model.safetensors']
@@ -192,9 +193,7 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    if (
-      heads
-    ):  # rows of a head lie as the pairs that RoPE turns, (0, H/2), (1, H/2 + 1), ...; Hugging Face splits the head in halves
+    if heads:  # rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x
 
@@ -221,9 +220,8 @@ def hf_shape(w: Weight) -> tuple[int, ...]:
 
 def check_tensors(path: str, arch: Arch, tensors: Mapping[str, Tensor]) -> None:
   """Exactly the weights of the table, in their shapes; beside them only what says nothing (buffers, a copy of a tied embedding)."""
-  expected = {
-    name: hf_shape(w) for w in jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight) for name in layers_of(w)
-  }
+  table = jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)
+  expected = {name: hf_shape(w) for w in table for name in layers_of(w)}
   missing = [name for name in expected if name not in tensors]
   check(not missing, f'{path}: {len(missing)} weights are missing: {", ".join(missing[:4])}{", ..." * (len(missing) > 4)}')
   for name, shape in expected.items():

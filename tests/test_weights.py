@@ -95,6 +95,8 @@ def test_save_and_load(tmp_path, name):
   assert old.keys() == new.keys() and all(np.array_equal(old[k], new[k]) for k in old)
   files = {'config.json', 'model.safetensors', 'tokenizer.json', 'generation_config.json'}
   assert {p.name for p in pathlib.Path(target).iterdir()} == files
+  written = json.loads((pathlib.Path(target) / 'config.json').read_text())
+  assert written['rope_theta'] == written['rope_parameters']['rope_theta'] == arch.rope_theta
   config, original = AutoConfig.from_pretrained(target), AutoConfig.from_pretrained(source)
   assert type(config) is type(original) and config.architectures == original.architectures
   for key in ('rope_parameters', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads'):
@@ -214,9 +216,7 @@ def test_folders_that_are_no_model(tmp_path):
   with pytest.raises(ConfigError, match='llama: no weights'):
     weights.load(str(folder), arch)
   (folder / 'pytorch_model.bin').write_bytes(content)
-  with pytest.raises(
-    ConfigError, match=r'llama: only pytorch_model\.bin: pickle is not read; convert the weights to safetensors'
-  ):
+  with pytest.raises(ConfigError, match=r'llama: only pytorch_model\.bin: pickle is not read; convert .* to safetensors'):
     weights.load(str(folder), arch)
   (folder / 'config.json').write_text('{"model_type": ')
   with pytest.raises(ConfigError, match=r'llama/config\.json: not JSON'):
@@ -226,7 +226,7 @@ def test_folders_that_are_no_model(tmp_path):
     weights.read_arch(str(folder))
 
 
-MERGES = ['h e', 'l l', 'he ll', 'hell o', 'Ġ w', '1 2']
+MERGES = ['e !', 'h e', 'l l', 'he ll', 'hell o', 'Ġ w', '1 2']
 TOKENS = ['<|end|>', '<|user|>', '<tool>', *sorted(pre_tokenizers.ByteLevel.alphabet())] + [m.replace(' ', '') for m in MERGES]
 TEMPLATE = "{% for m in messages %}{{ '<|user|>' + m['content'] + '<|end|>' }}{% endfor %}"
 
@@ -236,15 +236,19 @@ def permuted(x, heads):
   return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, more=()):
-  """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and six merges."""
+def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=()):
+  """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and a few merges."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(2)
   writer.add_embedding_length(32)
   writer.add_feed_forward_length(48)
-  writer.add_head_count(4)
+  writer.add_head_count(heads)
   writer.add_head_count_kv(2)
   writer.add_rope_freq_base(500.0)
+  if 'dimension' in rope:
+    writer.add_rope_dimension_count(rope['dimension'])
+  if 'scaling' in rope:
+    writer.add_rope_scaling_type(rope['scaling'])
   if eps:
     writer.add_layer_norm_rms_eps(1e-5)
   writer.add_tokenizer_model(kind)
@@ -301,6 +305,9 @@ def test_bad_gguf_is_refused_by_name(tmp_path, llama):
     (dict(tensors=without(Q)(llama)), rf'4\.gguf: 1 weights are missing: {Q}'),
     (dict(tensors=plus(Q, lambda t: np.ones((16, 32), np.float32))(llama)), rf'5\.gguf: tensor {Q} has shape \(16, 32\)'),
     (dict(tensors=without('model.embed_tokens.weight')(llama)), r'6\.gguf: no tensor token_embd\.weight'),
+    (dict(rope={'dimension': 4}), r'7\.gguf: llama\.rope\.dimension_count 4 is not the head dimension 8'),
+    (dict(rope={'scaling': gguf.RopeScalingType.YARN}), r"8\.gguf: llama\.rope\.scaling\.type 'yarn'"),
+    (dict(heads=0), r'9\.gguf: llama\.attention\.head_count 0 is no positive integer'),
   ]
   for number, (settings, message) in enumerate(cases, 1):
     with pytest.raises(ConfigError, match=message):
@@ -316,6 +323,7 @@ def test_gguf_tokenizer(tmp_path, llama):
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, None)
   assert tokenizer.encode('hello w') == [ids['hello'], ids['Ġw']]
   assert tokenizer.encode('12') == [ids['1'], ids['2']]  # digits stand alone, whatever the merges say
+  assert tokenizer.encode('he!') == [ids['he'], ids['!']]  # letters and punctuation do not merge
   assert tokenizer.encode('<|user|>he<tool><|end|>') == [1, ids['he'], 2, 0]
   for text in ('hello world', '  two  spaces\n\tand 1234.5', 'naïve 你好 🙂', '<|user|>hi<|end|>\n'):
     assert tokenizer.decode(tokenizer.encode(text)) == text
