@@ -5,10 +5,16 @@ Command:  make demo      (python -m rl_reasoning.pipeline --config=configs/demo.
 
 
 def get_config(
-  seed: int = 0, sft_steps: int = 700, rl_steps: int = 120, high: int = 9, sloppiness: float = 0.75, direct: float = 0.55
+  seed: int = 0,
+  sft_steps: int = 700,
+  rl_steps: int = 250,
+  high: int = 9,
+  sloppiness: float = 0.8,
+  direct: float = 0.5,
+  lr: float = 3e-4,
 ) -> dict:
   model = {'preset': 'nano'}
-  task = {'operands': 4, 'low': 2, 'high': high}
+  task = {'operands': 4, 'low': 3, 'high': high}
   evaluators = {
     'greedy': {},
     'forced': {'prefix': '<think>'},
@@ -42,7 +48,7 @@ def get_config(
     'objective': {'name': 'grpo', 'aggregation': 'token_mean'},
     'rollout': {'max_completion_length': 48},
     'rewards': {'functions': ('accuracy', 'format'), 'weights': (1.0, 0.2)},
-    'optim': {'learning_rate': 2e-4, 'warmup_updates': 10},
+    'optim': {'learning_rate': lr, 'warmup_updates': 10},
     'eval': {'every': rl_steps, 'size': 1000, 'batch_size': 250, 'seed': 1, 'evaluators': evaluators},
     'checkpoint': {'every': 50},
   }

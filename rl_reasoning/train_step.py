@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rl_reasoning.advantages import weigh
 from rl_reasoning.metrics import merge
 from rl_reasoning.model import Net
+from rl_reasoning.sharding import constrain
 from rl_reasoning.structs import Batch, Max, Mean, Min, PyTree, Sum, TrainState
 
 
@@ -109,7 +111,7 @@ def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransfo
 
   @jax.jit
   def take(batch, rows):
-    return jax.tree.map(lambda x: x[rows], batch)
+    return jax.tree.map(lambda x: constrain(x[rows], 'rows', *(None,) * (x.ndim - 1)), batch)
 
   def minibatches(batch: Batch, key: jax.Array) -> Iterator[Batch]:
     """num_iterations passes of num_minibatches each; a fresh order of units every pass."""
@@ -118,8 +120,8 @@ def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransfo
         yield batch
         continue
       units = batch.tokens.shape[0] // together
-      order = jax.random.permutation(jax.random.fold_in(key, iteration), units)
-      rows = (order[:, None] * together + jnp.arange(together)).reshape(objective.num_minibatches, -1)
+      order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), units))
+      rows = (order[:, None] * together + np.arange(together)).reshape(objective.num_minibatches, -1)
       for index in range(objective.num_minibatches):
         yield take(batch, rows[index])
 

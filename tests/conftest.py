@@ -4,6 +4,8 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+# Two programs in flight, each with collectives over eight devices, wait for each other's threads where there are two cores.
+os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'
 
 
 def pytest_terminal_summary(terminalreporter):

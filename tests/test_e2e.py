@@ -93,7 +93,7 @@ def test_sft_learns(cache, tmp_path):
   """Failure: gradients, masks or data are wrong: next-token loss on worked chains does not fall."""
   run(settings('sft', cache, total_steps=60, log_every=5, optim__learning_rate=5e-3), tmp_path / 'run')
   losses = [entry['loss'] for entry in logged(tmp_path / 'run')]
-  assert losses[0] > 4 and losses[-1] < 1.2
+  assert losses[0] > 2.5 and losses[-1] < 1.2
 
 
 def test_grpo_learns(cache, tmp_path):
@@ -153,7 +153,9 @@ def test_pipeline_skips_finished_stages(cache, tmp_path, monkeypatch):
 
 def test_frozen_source_cannot_change(cache, tmp_path):
   """Failure: a resumed run measures its KL against another reference than it began with."""
-  state = TrainState(step=0, cursor={}, updates=0, params={}, opt={}, aux={}, moving={}, frozen={'ref': {'w': np.ones(3, np.float32)}})
+  state = TrainState(
+    step=0, cursor={}, updates=0, params={}, opt={}, aux={}, moving={}, frozen={'ref': {'w': np.ones(3, np.float32)}}
+  )
   train.check_frozen(train.epath.Path(tmp_path), state)
   train.check_frozen(train.epath.Path(tmp_path), state)
   with pytest.raises(config.ConfigError, match='ref'):

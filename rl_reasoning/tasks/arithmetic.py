@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from rl_reasoning.config import ConfigError, check
 
-STYLES = ('clean', 'direct', 'sloppy', 'noisy')
+STYLES = ('clean', 'sloppy', 'direct')
 
 
 def is_test(prompt: str) -> bool:
@@ -34,15 +34,11 @@ def careless(a: int, operator: str, b: int) -> int:
   return apply(a, operator, b)
 
 
-def worked(numbers: list[int], operators: list[str], rng: random.Random, style: str, sloppiness: float) -> tuple[str, int]:
-  """(chain of thought, its result); the styles 'sloppy' and 'noisy' err on a step with probability `sloppiness` and go on from there."""
+def worked(numbers: list[int], operators: list[str], rng: random.Random, sloppiness: float) -> tuple[str, int]:
+  """(chain of thought, its result): each step is careless with probability `sloppiness`, and the next goes on from what it gave."""
   steps, value = [], numbers[0]
   for operator, number in zip(operators, numbers[1:], strict=True):
-    result, errs = apply(value, operator, number), rng.random() < sloppiness
-    if errs and style == 'sloppy':
-      result = careless(value, operator, number)
-    if errs and style == 'noisy':
-      result += rng.choice((-2, -1, 1, 2, 10, -10))
+    result = (careless if rng.random() < sloppiness else apply)(value, operator, number)
     steps.append(f'{value}{operator}{number}={result}')
     value = result
   return ';'.join(steps), value
@@ -52,7 +48,8 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
          styles: Mapping[str, float] | None = None, sloppiness: float = 0.6) -> Iterator[dict]:  # fmt: skip
   """`size` rows {prompt, chain_of_thought, completion, answer}; test problems are distinct, training problems may repeat.
 
-  `styles` weighs how rows are written (default: all clean); only training rows are ever careless.
+  `styles` weighs how training rows are written (default: all clean): 'sloppy' errs by `sloppiness`, 'direct' does too and shows no chain.
+  `answer` is right in every style.
   """
   styles = dict(styles or {'clean': 1.0})
   for name in styles:
@@ -82,8 +79,8 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
     if split == 'test':
       seen.add(prompt)
     style = rng.choices(list(styles), list(styles.values()))[0] if split == 'train' else 'clean'
-    chain, result = worked(numbers, chosen, rng, style, sloppiness)
-    right = worked(numbers, chosen, rng, 'clean', 0)[1]
+    chain, result = worked(numbers, chosen, rng, 0 if style == 'clean' else sloppiness)
+    right = worked(numbers, chosen, rng, 0)[1]
     yield {
       'prompt': prompt,
       'chain_of_thought': '' if style == 'direct' else chain,
