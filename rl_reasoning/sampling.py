@@ -28,13 +28,14 @@ def truncate(logits_NV: Array, top_k: int, top_p: float, min_p: float) -> Array:
 
 
 def first_above(mass: Array, x_N: Array) -> tuple[Array, Array]:
-  """Index of the first entry of `mass` [N, M] at which the running sum passes x, and what of x is left inside that entry.
-  Entries without mass are never chosen, whatever the rounding of the sums."""
+  """Index of the first entry of `mass` [N, M] with mass at which the running sum passes x, and what of x is left inside that entry.
+  XLA sums in a tree, so running sums need not rise: an entry without mass is passed over by its mass, not by its sum."""
   sums = jnp.cumsum(mass, axis=-1)
+  here = (sums > x_N[:, None]) & (mass > 0)
   last = mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
-  index = jnp.minimum(jnp.sum(sums <= x_N[:, None], axis=-1), last)
+  index = jnp.where(jnp.any(here, axis=-1), jnp.argmax(here, axis=-1), last)
   before = jnp.take_along_axis(sums - mass, index[:, None], axis=-1)[:, 0]
-  return index, x_N - before
+  return index, jnp.maximum(x_N - before, 0.0)
 
 
 def sample(

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,10 @@ G = 2
 
 @pytest.fixture(scope='module')
 def params():
-  return jax.jit(model.init, static_argnums=1)(jax.random.key(1), ARCH)
+  rng, table = np.random.default_rng(1), model.weight_table(ARCH)
+  return jax.tree.map(
+    lambda w: jnp.float32(rng.normal(w.scale < 0, abs(w.scale) / 2 + 0.1, w.shape)), table, is_leaf=model.is_weight
+  )
 
 
 @pytest.fixture(scope='module')

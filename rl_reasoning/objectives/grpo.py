@@ -123,16 +123,20 @@ class Grpo:
 
   def loss(self, nets, params, frozen, aux, batch: Batch):
     logp, entropy = nets['policy'].logp(params['policy'], batch, entropy=True)
-    old = jax.lax.stop_gradient(logp) if batch.logp_old_NT is None else batch.logp_old_NT
+    mask, tokens, own = batch.mask_NT, batch.mask_NT.sum(), jax.lax.stop_gradient(logp)
+
+    def inside(x):  # a weight of 0 does not undo an exp that overflowed on a prompt token
+      return jnp.where(mask > 0, x, own)
+
+    old = own if batch.logp_old_NT is None else inside(batch.logp_old_NT)
     high = self.epsilon if self.epsilon_high is None else self.epsilon_high
     policy_loss, clipped = losses.clipped_surrogate(logp, old, batch.advantage_NT, self.epsilon, high)
     loss = policy_loss
-    mask, tokens = batch.mask_NT, batch.mask_NT.sum()
 
     def masked(x):
       return Mean(jnp.sum(mask * x), tokens)
 
-    difference = mask * jnp.abs(old - batch.logp_sample_NT)
+    difference = jnp.abs(old - inside(batch.logp_sample_NT))
     metrics = {
       'policy_loss': Sum(jnp.sum(batch.weight_NT * policy_loss)),
       'entropy': masked(entropy),
@@ -143,8 +147,9 @@ class Grpo:
       'sampling/logp_difference/max': Max(difference.max()),
     }
     if self.beta:
-      loss = loss + self.beta * losses.kl_estimate(logp, batch.logp_ref_NT, self.kl_estimator)
-      metrics['kl'] = masked(losses.kl_estimate(logp, batch.logp_ref_NT, 'k3'))
+      ref = inside(batch.logp_ref_NT)
+      loss = loss + self.beta * losses.kl_estimate(logp, ref, self.kl_estimator)
+      metrics['kl'] = masked(losses.kl_estimate(logp, ref, 'k3'))
     return jnp.sum(batch.weight_NT * loss), metrics
 
   def adapt(self, aux, metrics):
