@@ -20,7 +20,7 @@ from rl_reasoning.model import Arch, Net
 from rl_reasoning.objectives import OBJECTIVES
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.presets import PRESETS
-from rl_reasoning.structs import PyTree, TrainState
+from rl_reasoning.structs import ROLLOUT, PyTree, TrainState
 
 
 class Run(NamedTuple):
@@ -39,30 +39,32 @@ def is_run(path: str) -> bool:
   return (pathlib.Path(path) / 'checkpoints').is_dir()
 
 
-def run_config(path: str) -> dict[str, Any]:
+def run_config(path: str, *keys: str) -> Any:
+  """One value of the config that a run of ours was resolved to."""
   try:
-    return json.loads((pathlib.Path(path) / 'config.json').read_text())
-  except (OSError, json.JSONDecodeError) as error:
-    raise ConfigError(f'{path}/config.json: {error}') from None
+    value = json.loads((pathlib.Path(path) / 'config.json').read_text())
+    for key in keys:
+      value = value[key]
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise ConfigError(f'{path}/config.json: {type(error).__name__}: {error}') from None
+  return value
 
 
-def resolve_arch(config: Config, keys_set: set[str]) -> Arch:
+def resolve_arch(config: Config) -> Arch:
   """The architecture: that of roles.policy.init where it names weights, else the preset with `model.arch` over it.
 
-  Refuses a preset or field set in the config that contradicts the weights.
+  Refuses a field set in the config that contradicts the weights.
   """
   source = config.roles.policy.init
   check(config.model.preset in PRESETS, f"config key 'model.preset': {config.model.preset!r} is none of {', '.join(PRESETS)}")
-  wanted = {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}
-  from_mapping(Arch, wanted, 'model.arch.')
   if not source:
-    return from_mapping(Arch, wanted, 'model.arch.')
+    return from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
-  arch = from_mapping(Arch, run_config(source)['model']['arch']) if is_run(source) else weights.read_arch(source)
-  found = dataclasses.asdict(arch)
-  named = set(wanted) if 'model.preset' in keys_set else set(config.model.arch)
-  for key in sorted(named):
-    check(wanted[key] == found[key], f'config key model.{key}: {wanted[key]!r}, but {source} has {found[key]!r}')
+  arch = from_mapping(Arch, run_config(source, 'model', 'arch')) if is_run(source) else weights.read_arch(source)
+  wanted = from_mapping(Arch, {**dataclasses.asdict(arch), **config.model.arch}, 'model.arch.')
+  for key in sorted(config.model.arch):
+    ours, theirs = getattr(wanted, key), getattr(arch, key)
+    check(ours == theirs, f"config key 'model.arch.{key}': {ours!r}, but {source} has {theirs!r}")
   return arch
 
 
@@ -71,25 +73,30 @@ def resolve_tokenizer(role: Role) -> str:
     return role.tokenizer
   if not role.init:
     return 'bytes'
-  return run_config(role.init)['roles']['policy']['tokenizer'] if is_run(role.init) else role.init
+  return run_config(role.init, 'roles', 'policy', 'tokenizer') if is_run(role.init) else role.init
+
+
+def load_tokenizer(role: Role) -> tokenizer.Tokenizer:
+  """Raises ConfigError for one that cannot be read, or that has no chat template where the role asks for one."""
+  try:
+    tok = tokenizer.load(role.tokenizer)
+    tokenizer.render_prompt('', role.template, tok)
+  except (OSError, ValueError) as error:  # transformers tells of a missing file or template by these
+    raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {' '.join(str(error).split())[:600]}") from error
+  return tok
 
 
 def make_objective(config: Config):
   """The objective dataclass from its mapping; unknown names and keys are refused."""
   settings = dict(config.objective)
   name = settings.get('name', 'sft')
-  check(name in OBJECTIVES, f"config key 'objective.name': {name!r} is none of {', '.join(OBJECTIVES)}")
+  check(isinstance(name, str) and name in OBJECTIVES, f"config key 'objective.name': {name!r} is none of {', '.join(OBJECTIVES)}")
   cls = OBJECTIVES[name]
   given = {}
   if 'given' in {f.name for f in dataclasses.fields(cls)}:
     names = config.rewards.functions
     given['given'] = Given(names, config.rewards.weights or (1.0,) * len(names), config.rollout.max_completion_length)
-  try:
-    return from_mapping(cls, settings, 'objective.', **given)
-  except ConfigError:
-    raise
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
+  return from_mapping(cls, settings, 'objective.', **given)
 
 
 def inert(config: Config, objective) -> dict[str, str]:
@@ -101,11 +108,11 @@ def inert(config: Config, objective) -> dict[str, str]:
       if key == prefix or key.startswith(prefix + '.'):
         dead[key] = why
 
-  rl = 'rollout' in objective.sources
-  if not rl and not config.eval.every:
-    drop('rollout', 'nothing is sampled: the objective learns from data and eval.every is 0')
+  rl, evaluates = 'rollout' in objective.sources, config.eval.every and config.eval.evaluators
+  if not rl and not evaluates:
+    drop('rollout', 'nothing is sampled: the objective learns from data, and nothing is evaluated')
     drop('data.max_prompt_length', 'only rollouts take prompts; data rows are limited by data.max_length')
-  if not rl and config.eval.every:
+  if not rl and evaluates:
     drop('rollout.temperature', 'evaluators name their own temperature, and the objective samples nothing')
     for key in ('top_k', 'top_p', 'min_p'):
       drop(f'rollout.{key}', 'evaluators name their own truncation, and the objective samples nothing')
@@ -119,10 +126,11 @@ def inert(config: Config, objective) -> dict[str, str]:
   if not config.eval.every:
     drop('eval', 'eval.every is 0')
     dead.pop('eval.every')
+  elif not config.eval.evaluators:
+    drop('eval', 'eval.evaluators is empty')
+    dead.pop('eval.evaluators')
   if config.roles.policy.init:
     drop('model.preset', 'the architecture comes with roles.policy.init')
-  if config.optim.schedule == 'constant' and not config.optim.warmup_updates:
-    dead.pop('optim.schedule', None)
   if not {'ref'} & {*objective.frozen, *objective.moving}:
     drop('roles.ref', 'the objective keeps no reference (its coefficient is 0)')
   else:
@@ -142,22 +150,18 @@ def inert(config: Config, objective) -> dict[str, str]:
 def check_sizes(config: Config, objective, mesh: Mesh) -> None:
   """Every batch divides over the mesh, and every split is even: an error here names key, number and divisor."""
   devices = sharding.axis_size(mesh, 'rows')
-  prompts = config.data.batch_size
-  check(prompts % devices == 0,
-        f"config key 'data.batch_size': {prompts} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
-  if config.eval.every:
-    size = config.eval.batch_size
-    check(size % devices == 0,
-          f"config key 'eval.batch_size': {size} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
-  rows = prompts * sum(objective.sources.values())
-  check(rows % objective.num_minibatches == 0,
-        f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {objective.num_minibatches}")  # fmt: skip
-  update = rows // objective.num_minibatches
+  where = f'over the {devices} row shards of mesh {dict(mesh.shape)}'
+  prompts, size = config.data.batch_size, config.eval.batch_size
+  check(prompts % devices == 0, f"config key 'data.batch_size': {prompts} does not divide {where}")
+  check(not config.eval.every or size % devices == 0, f"config key 'eval.batch_size': {size} does not divide {where}")
+  rows, minibatches = prompts * sum(objective.sources.values()), objective.num_minibatches
+  check(rows % minibatches == 0, f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {minibatches}")
+  update, unit = rows // minibatches, devices * objective.rows_together
+  check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where}")
   micro = config.optim.micro_batch or update
-  micro = min(micro, update)
+  check(micro <= update, f"config key 'optim.micro_batch': {micro} rows are more than the {update} of an update")
   check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
-  check(micro % (devices * objective.rows_together) == 0,
-        f"config key 'optim.micro_batch': {micro} rows do not divide over the {devices} row shards of mesh {dict(mesh.shape)}")  # fmt: skip
+  check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where}")
 
 
 def batch_sizes(config: Config, objective) -> dict[str, int]:
@@ -179,7 +183,8 @@ def batch_sizes(config: Config, objective) -> dict[str, int]:
 def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
   """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act."""
   objective = make_objective(config)
-  arch = resolve_arch(config, keys_set)
+  arch = resolve_arch(config)
+  tokenizer.check_template(config.roles.policy.template)
   dead = inert(config, objective)
   refused = [f'{key!r}: {dead[key]}' for key in sorted(keys_set) if key in dead]
   check(not refused, 'config keys that cannot act here:\n  ' + '\n  '.join(refused))
@@ -228,14 +233,15 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   except ValueError as error:
     raise ConfigError(str(error)) from None
   check_sizes(config, objective, mesh)
-  tok = tokenizer.load(config.roles.policy.tokenizer)
+  tok = load_tokenizer(config.roles.policy)
   check(tok.vocab_size <= arch.vocab_size,
         f'the tokenizer {config.roles.policy.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   optimizer, schedule = optim.make(config.optim, updates)
 
   def logp(params, rows, entropy=False):
-    temperature = jnp.where(rows.source_N == 0, config.rollout.temperature, 1.0)
+    rolled = rows.source_N == ROLLOUT
+    temperature = jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
     return model.log_probs(params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, entropy=entropy)
 
   nets = {role: Net(arch, logp) for role in ('policy', 'ref')}
@@ -280,6 +286,7 @@ def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree
 def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   """Resolved config, hash, batch sizes, and what is inert: for --explain, sweeps and launchers."""
   resolved, objective, arch = resolve(config, keys_set)
+  optim.make(config.optim, 1)
   sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
   return {
     'config': plain(dataclasses.asdict(resolved)),

@@ -6,6 +6,7 @@ and a fingerprint of every array: a file that was damaged later is found when it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rl_reasoning.config import Checkpoint, ConfigError, check
+from rl_reasoning.config import Checkpoint, ConfigError, check, digest
 from rl_reasoning.structs import PyTree, TrainState
 
-logging.getLogger('absl').setLevel(logging.ERROR)  # orbax tells of every save
+logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax tells of every save, and logs the traceback of what it raises
 
 
 @jax.jit
@@ -27,9 +28,11 @@ def fingerprint(tree: PyTree) -> jax.Array:
   total = jnp.uint32(0)
   for index, leaf in enumerate(jax.tree.leaves(tree)):
     bits = leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    # A weight per place, so that two values that changed places are seen.
-    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2) + jnp.uint32(1)
-    total = total * jnp.uint32(31) + jnp.uint32(index) + jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
+    # Bits and place are mixed (MurmurHash3's finaliser), so that two values that changed places are seen, be they x and -x.
+    mixed = bits.astype(jnp.uint32) ^ (jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    total = total * jnp.uint32(31) + jnp.uint32(index) + jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
   return total
 
 
@@ -59,7 +62,9 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
 def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
   """Returns when the checkpoint is whole. Raises ConfigError where the disk is full; the checkpoints before it stay."""
   parts = items(state)
-  position = {'step': state.step, 'cursor': state.cursor, 'fingerprint': {name: int(fingerprint(x)) for name, x in parts.items()}}
+  prints = {name: int(fingerprint(x)) for name, x in parts.items()}
+  position: dict[str, Any] = {'step': state.step, 'cursor': state.cursor, 'fingerprint': prints}
+  position['digest'] = digest(position)
   arguments: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
   before = manager.latest_step()
   try:
@@ -67,6 +72,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
   except Exception as error:
     if 'no space left' not in str(error).lower():
       raise
+    with contextlib.suppress(OSError):  # orbax's threads may still be writing: what they leave is deleted by the next start
+      for left in manager.directory.glob(f'{state.step}.*tmp*'):
+        left.rmtree()
     text = (
       f'no space left on {manager.directory} while saving step {state.step}; the last good checkpoint is that of step {before}'
     )
@@ -80,10 +88,11 @@ def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -
   try:
     found = manager.restore(step, args=ocp.args.Composite(**arguments, position=ocp.args.JsonRestore()))
     parts, position = {name: found[name] for name in wanted}, found['position']
-    expected = position['fingerprint']
+    expected, seal = position['fingerprint'], position.pop('digest')
   except Exception as error:  # orbax and tensorstore raise many kinds
     reason = ' '.join(str(error).split())[:600]
     raise ConfigError(f'checkpoint {folder} cannot be read (delete the folder to go back to an older one): {reason}') from error
+  check(digest(position) == seal, f'checkpoint {folder}: position is damaged: its contents are not what was saved')
   for name, part in parts.items():
     check(
       int(fingerprint(part)) == expected[name], f'checkpoint {folder}: {name} is damaged: its contents are not what was saved'

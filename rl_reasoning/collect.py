@@ -71,6 +71,20 @@ def from_policy(run: Run, state: TrainState, rows: list[dict], key: jax.Array, t
   return batch, samples
 
 
+def check_rows(run: Run, source: data.Source) -> None:
+  """Encodes every row that the run will read. Raises ConfigError for one over the limit: better now than at step 1,000, where raising
+  the limit would be another config."""
+  config = run.config
+  template, limits = config.roles.policy.template, config.data
+  count = min(len(source), config.total_steps * limits.batch_size)
+  for start in range(0, count, 1024):
+    rows, _ = data.batch(source, start, min(1024, count - start), config.seed)
+    if 'rollout' in run.objective.sources:
+      data.encode_prompts(rows, run.tokenizer, template, limits.max_prompt_length)
+    else:
+      data.encode_rows(rows, run.tokenizer, template, limits.max_length)
+
+
 def collect(run: Run, source: data.Source, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
   """The rows of the step after `state`, a function of (state, key) alone."""
   config = run.config

@@ -10,9 +10,11 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -168,8 +170,8 @@ def parse_value(text: str) -> Any:
   """A Python literal where it is one (1e-4, True, ('a', 'b')), else the text itself."""
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+  except (ValueError, SyntaxError, TypeError):
+    return {'true': True, 'false': False}.get(text.lower(), text)  # 'none' is a choice of several keys; None is a literal
 
 
 def read_file(spec: str) -> dict[str, Any]:
@@ -179,19 +181,29 @@ def read_file(spec: str) -> dict[str, Any]:
   for item in filter(None, text.split(',')):
     name, equals, value = item.partition('=')
     check(bool(equals), f'--config={spec}: {item!r} is not name=value')
+    check(name not in arguments, f'--config={spec}: {name} is given twice')
     arguments[name] = parse_value(value)
   check(pathlib.Path(path).is_file(), f'--config: no file {path!r}')
   module = types.ModuleType(pathlib.Path(path).stem)
   module.__file__ = path
-  exec(compile(pathlib.Path(path).read_text(), path, 'exec'), module.__dict__)
-  check(hasattr(module, 'get_config'), f'{path}: defines no get_config')
   try:
-    result = module.get_config(**arguments)
-  except TypeError as error:
-    if 'get_config' in str(error):
-      raise ConfigError(f'--config={spec}: {error}') from None
+    exec(compile(pathlib.Path(path).read_text(), path, 'exec', dont_inherit=True), module.__dict__)
+    check(callable(getattr(module, 'get_config', None)), f'{path}: defines no get_config')
+    try:
+      inspect.signature(module.get_config).bind(**arguments)
+    except TypeError as error:
+      raise ConfigError(f'--config={spec}: get_config: {error}') from None
+    result = plain(module.get_config(**arguments))
+  except ConfigError:
     raise
-  return plain(result)
+  except Exception as error:  # the file is the user's: whatever it raises is told with its place
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+      lines = [error.lineno]
+    place = f'{path}:{lines[-1]}' if lines else path
+    raise ConfigError(f'{place}: {type(error).__name__}: {error}') from error
+  check(isinstance(result, dict), f'{path}: get_config returns {result!r}, not a mapping')
+  return result
 
 
 def plain(value: Any) -> Any:
@@ -244,17 +256,34 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     return None if value is None else coerce(value, next(a for a in arguments if a is not type(None)), key)
   if origin is not None and issubclass(origin, Mapping):
     check(isinstance(value, Mapping), f'config key {key!r}: {value!r} is not a mapping')
+    check_json(plain(value), key)
     return plain(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
   check(right, f'config key {key!r}: {value!r} is not of type {kind.__name__}')
-  check(not isinstance(value, float) or math.isfinite(value), f'config key {key!r}: {value!r} is not finite')
+  check_json(value, key)
   return value
 
 
+def check_json(value: Any, key: str) -> None:
+  """Refuses what config.json could not hold or would not read back as itself."""
+  if isinstance(value, Mapping):
+    for name, item in value.items():
+      check_json(item, f'{key}.{name}')
+  elif isinstance(value, tuple):
+    for index, item in enumerate(value):
+      check_json(item, f'{key}[{index}]')
+  else:
+    check(value is None or isinstance(value, (str, int, float)), f'config key {key!r}: {value!r} is neither text nor number')
+    check(not isinstance(value, float) or math.isfinite(value), f'config key {key!r}: {value!r} is not finite')
+
+
 def from_mapping(cls: type, settings: Mapping[str, Any], prefix: str = '', **given: Any) -> Any:
-  """A frozen dataclass from a mapping. An unknown key is refused with the nearest known one; `given` fields are no keys."""
+  """A frozen dataclass from a mapping. An unknown key is refused with the nearest known one; `given` fields are no keys.
+
+  Raises ConfigError, also for what the class itself refuses by a ValueError.
+  """
   kinds = typing.get_type_hints(cls)
   fields = {f.name for f in dataclasses.fields(cls)} - set(given)
   for key in settings:
@@ -262,7 +291,16 @@ def from_mapping(cls: type, settings: Mapping[str, Any], prefix: str = '', **giv
       near = difflib.get_close_matches(key, sorted(fields), 1)
       hint = f'; did you mean {prefix + near[0]!r}?' if near else f'; known here: {", ".join(sorted(fields))}'
       raise ConfigError(f'config key {prefix + key!r} is unknown{hint}')
-  return cls(**{key: coerce(value, kinds[key], prefix + key) for key, value in settings.items()}, **given)
+  values = {key: coerce(value, kinds[key], prefix + key) for key, value in settings.items()}
+  for field in dataclasses.fields(cls):
+    optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    check(optional or field.name in {*values, *given}, f'config key {prefix + field.name!r} is missing')
+  try:
+    return cls(**values, **given)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
 
 
 def resolve(settings: Mapping[str, Any]) -> Config:

@@ -10,9 +10,12 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import pathlib
+import typing
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
@@ -20,7 +23,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from rl_reasoning.config import ConfigError, Data, check, digest, plain
+from rl_reasoning import tasks
+from rl_reasoning.config import ConfigError, Data, check, coerce, digest
 from rl_reasoning.sharding import size_class
 from rl_reasoning.structs import DATA, Batch
 from rl_reasoning.tasks import TASKS
@@ -41,7 +45,8 @@ class Source(Sequence):
 
   @functools.lru_cache(maxsize=4)  # noqa: B019  sources live as long as a run
   def shuffled(self, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.source(self).shuffle(seed).repeat()  # another order every epoch
+    # Another order every epoch: grain counts its seed up, so that seed 1 would begin with the second epoch of seed 0.
+    return grain.MapDataset.source(self).shuffle(int(digest(seed)[:8], 16)).repeat()
 
 
 class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -49,7 +54,7 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   VERSION = tfds.core.Version('1.0.0')
 
-  def __init__(self, rows: Iterator[dict], **kwargs):
+  def __init__(self, rows: Iterable, **kwargs):
     self.rows = rows
     super().__init__(file_format='array_record', **kwargs)
 
@@ -87,27 +92,34 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
   for key in data.options:
     text = ', '.join(sorted(known)) or 'no options at all'
     check(key in known, f"config key 'data.options.{key}' is unknown to data.task {data.task!r}, which takes {text}")
+  kinds = typing.get_type_hints(task.rows)
+  options = {key: coerce(value, kinds[key], f'data.options.{key}') for key, value in data.options.items()}
+  read_from: list[pathlib.Path] = []
   if hasattr(task, 'files'):
-    other = [f for name in ('train', 'test') for f in task.files(data.path, name)]
-    content, seed = content_hash(other), 0  # both splits: test prompts are kept out of training
+    # Both splits: test prompts are kept out of training. The seed plays no part.
+    read_from, seed = [f for name in ('train', 'test') for f in task.files(data.path, name)], 0
   else:
     check(not data.path, f"config key 'data.path' cannot act: data.task {data.task!r} reads no file")
     check(bool(size), f"config key 'data.train_size': data.task {data.task!r} makes its rows, say how many")
-    content = hashlib.sha256(inspect.getsource(task).encode()).hexdigest()
+  code = sorted(pathlib.Path(tasks.__path__[0]).glob('*.py'))
   name = digest(
-    {'task': data.task, 'options': plain(data.options), 'content': content, 'split': split, 'seed': seed, 'size': size}
+    {'task': data.task, 'options': options, 'content': content_hash(code + read_from), 'split': split, 'seed': seed, 'size': size}
   )
   folder = epath.Path(os.path.expanduser(data.cache_dir)) / data.task / f'{split}_{name}'
-  rows = task.rows(split, seed, size, data.path, **data.options)
-  builder = Rows(rows, data_dir=folder)
-  if not epath.Path(builder.data_path).exists():
+  prepared = epath.Path(Rows(iter(()), data_dir=folder).data_path)
+  if not prepared.exists():
+    rows = task.rows(split, seed, size, data.path, **options)
     first = next(rows, None)
     check(first is not None, f'data.task {data.task!r}: the {split} split {f"of {data.path!r} " * bool(data.path)}is empty')
-    builder.rows = (row for part in ((first,), rows) for row in part)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
-      builder.download_and_prepare(file_format='array_record')  # into a temporary folder, renamed when whole
-  read: Any = builder.as_data_source
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
+        # Into a temporary folder, renamed when whole.
+        Rows(itertools.chain([first], rows), data_dir=folder).download_and_prepare(file_format='array_record')
+    except OSError:
+      if not prepared.exists():  # else another run has prepared the same meanwhile
+        raise
+  read: Any = Rows(iter(()), data_dir=folder).as_data_source
   return Source(read('rows'))
 
 
@@ -136,25 +148,38 @@ def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, template: str, ma
 
 def encode_row(row: dict, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:
   """(token ids, 1 where the token is to be imitated). The end token is imitated."""
-  if 'messages' in row:
-    try:
-      pieces = render_messages(row['messages'], tokenizer)
-    except ValueError as error:
-      raise ConfigError(f'{error}: {excerpt(row["messages"])}') from None
-    parts = [(tokenizer.encode(text), int(imitate)) for text, imitate in pieces]
-  else:
+  if 'messages' not in row:
     check('prompt' in row and 'completion' in row, f'a row has nothing to imitate; columns: {", ".join(row)}')
     prompt = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))
-    parts = [(prompt, 0), (tokenizer.encode(render_completion(row)) + [tokenizer.end_id], 1)]
-  return [i for ids, _ in parts for i in ids], [flag for ids, flag in parts for _ in ids]
+    completion = tokenizer.encode(render_completion(row)) + [tokenizer.end_id]
+    return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+  try:
+    pieces = render_messages(row['messages'], tokenizer)
+  except ValueError as error:
+    raise ConfigError(f'{error}: {excerpt(row["messages"])}') from None
+  tokens, flags = [], []
+  for text, imitate in pieces:
+    ids = tokenizer.encode(text)
+    ends = [n for n, i in enumerate(ids, 1) if imitate and i in tokenizer.end_ids]
+    check(bool(ends) or not imitate, f'the chat template ends no assistant turn with an end token: {excerpt(text)}')
+    upto = ends[-1] if ends else 0  # templates go on after the end token ('\n'), where no policy ever samples
+    tokens += ids
+    flags += [1] * upto + [0] * (len(ids) - upto)
+  return tokens, flags
 
 
-def encode_sft(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int, train_on_prompt: bool) -> Batch:
-  """Right-padded numpy rows [N, T]. Raises ConfigError for a row longer than `max_length`: cutting it would lose its answer."""
+def encode_rows(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int) -> list[tuple[list[int], list[int]]]:
+  """`encode_row` of each. Raises ConfigError for a row longer than `max_length`: cutting it would lose its answer."""
   encoded = [encode_row(row, tokenizer, template) for row in rows]
   for row, (ids, _) in zip(rows, encoded, strict=True):
     check(len(ids) <= max_length,
           f"config key 'data.max_length': {max_length}, but a row has {len(ids)} tokens: {excerpt(row.get('prompt', row))}")  # fmt: skip
+  return encoded
+
+
+def encode_sft(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int, train_on_prompt: bool) -> Batch:
+  """Right-padded numpy rows [N, T]."""
+  encoded = encode_rows(rows, tokenizer, template, max_length)
   N, T = len(rows), size_class(max(len(ids) for ids, _ in encoded))
   tokens, mask = np.zeros((N, T), np.int32), np.zeros((N, T), np.float32)
   segment, position = np.zeros((N, T), np.int32), np.zeros((N, T), np.int32)

@@ -15,7 +15,7 @@ import numpy as np
 
 from rl_reasoning import data, rollout
 from rl_reasoning.build import Run
-from rl_reasoning.config import ConfigError, Rollout, check, from_mapping
+from rl_reasoning.config import Rollout, check, from_mapping
 from rl_reasoning.rewards import REWARDS
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tokenizer import render_prompt
@@ -31,15 +31,23 @@ class Evaluator:
   min_p: float = 0.0
   max_completion_length: int = 0  # 0: that of the rollout section
 
-  def __post_init__(self):
-    if self.num_samples > 1 and self.temperature == 0:
-      raise ConfigError('an evaluator with num_samples > 1 needs a temperature above 0: greedy samples are all equal')
-
 
 def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
+  """The evaluators by name. Raises ConfigError naming the key that is unknown, out of its range or without effect."""
+  evaluators = {}
   for name, options in settings.items():
-    check(isinstance(options, Mapping), f"config key 'eval.evaluators.{name}': {options!r} is not a mapping")
-  return {name: from_mapping(Evaluator, options, f'eval.evaluators.{name}.') for name, options in settings.items()}
+    key = f'eval.evaluators.{name}'
+    check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
+    e = evaluators[name] = from_mapping(Evaluator, options, key + '.')
+    ranges = {'num_samples': e.num_samples >= 1, 'temperature': e.temperature >= 0, 'top_k': e.top_k >= 0, 'top_p': 0 < e.top_p <= 1,
+              'min_p': 0 <= e.min_p < 1, 'max_completion_length': e.max_completion_length >= 0}  # fmt: skip
+    for field, good in ranges.items():
+      check(good, f"config key '{key}.{field}': {getattr(e, field)} is out of range")
+    check(e.num_samples == 1 or e.temperature > 0,
+          f"config key '{key}.num_samples': {e.num_samples} need a temperature above 0: greedy samples are all equal")  # fmt: skip
+    for field in ('top_k', 'top_p', 'min_p'):
+      check(e.temperature > 0 or field not in options, f"config key '{key}.{field}' cannot act: temperature 0 is greedy")
+  return evaluators
 
 
 def pass_at_k(num_samples: int, correct: int, k: int) -> float:
@@ -58,7 +66,9 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict]]:
   """(metrics, samples). Accuracy is whether the answer is right whatever the format; strict accuracy asks for the format too.
 
-  Tokens are a function of (eval.seed, problem, member): an evaluation repeats exactly.
+  Both are over the `problems` that have a gold answer; format, length and truncated are over all completions. Tokens are a function of
+  (eval.seed, problem, member): an evaluation repeats exactly. Raises ConfigError for a prompt beyond data.max_prompt_length, the prefix
+  counted.
   """
   config, tok, n = run.config, run.tokenizer, evaluator.num_samples
   template, batch_size = config.roles.policy.template, config.eval.batch_size
@@ -68,7 +78,10 @@ def evaluate(
     chunk=config.rollout.chunk,
   )  # fmt: skip
   texts = [render_prompt(row['prompt'], template, tok) + evaluator.prefix for row in rows]
-  prompts = [tok.encode(text) for text in texts]
+  prompts, limit = [tok.encode(text) for text in texts], config.data.max_prompt_length
+  for row, ids in zip(rows, prompts, strict=True):
+    check(len(ids) <= limit, f"config key 'data.max_prompt_length': {limit}, but eval.evaluators.{name} has a prompt of {len(ids)} tokens: "
+          f'{data.excerpt(row["prompt"])}')  # fmt: skip
   samples: list[dict] = []
   for start in range(0, len(rows), batch_size):
     ids = list(range(start, min(start + batch_size, len(rows))))
@@ -90,21 +103,23 @@ def evaluate(
     'prompts': [s['prompt'] for s in samples],
     'completions': [s['completion'] for s in samples],
     'completion_ids': [None] * len(samples),
-    **{k: [rows[s['problem']].get(k) for s in samples] for k in rows[0] if k != 'prompt'},
+    **{k: [rows[s['problem']].get(k) for s in samples] for k in set().union(*rows) - {'prompt'}},
   }
-  accuracy, form = REWARDS['accuracy_flexible'](**arguments), REWARDS['format'](**arguments)
+  accuracy = REWARDS['accuracy_flexible'](**arguments)
+  form = np.asarray(REWARDS['format'](**arguments), np.float64)
   judged = [a is not None for a in accuracy]
   check(
     any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked'
   )
   for sample, a, f in zip(samples, accuracy, form, strict=True):
-    sample.update(accuracy=a, format=f)
+    sample.update(accuracy=a, format=float(f))
   per_problem = np.asarray([a or 0.0 for a in accuracy]).reshape(-1, n)
   keep = np.asarray(judged).reshape(-1, n).all(axis=1)
-  per_problem, form = per_problem[keep], np.asarray(form, np.float64).reshape(-1, n)[keep]
+  strict = (per_problem * form.reshape(-1, n))[keep]
+  per_problem = per_problem[keep]
   result = {'problems': float(keep.sum())}
   result['accuracy'], result['accuracy_stderr'] = mean_and_error(per_problem.mean(axis=1))
-  result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error((per_problem * form).mean(axis=1))
+  result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error(strict.mean(axis=1))
   result['format'] = float(form.mean())
   result['length'] = float(np.mean([s['length'] for s in samples]))
   result['truncated'] = float(np.mean([s['truncated'] for s in samples]))

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
 
 from rl_reasoning.structs import Max, Mean, Min, Sum
 
@@ -118,9 +121,34 @@ class JsonLines:
       file.write(self.lines[-1] + '\n')
 
 
+class Board:
+  """TensorBoard scalars, written by the caller's own thread: that of tensorboardX.SummaryWriter dies on a full disk, and the run hangs."""
+
+  def __init__(self, folder: str, resume_step: int):
+    directory_check(folder)
+    # The step is in the file's name beside the second, so that a quick restart does not write over the file before it.
+    self.file, self.flushed = EventsWriter(f'{folder}/events', f'.{resume_step}'), time.time()
+    # TensorBoard drops what it read before of this step and later ones.
+    self.file.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    for name, value in scalars.items():
+      self.file.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+    if time.time() > self.flushed + 30:
+      self.file.flush()
+      self.flushed = time.time()
+
+
 def console() -> rich.console.Console:
-  found = rich.console.Console()
-  return found if found.is_terminal else rich.console.Console(width=150)
+  """Prints texts as they are: brackets in a completion are no markup, ':smile:' no emoji."""
+  literal: dict[str, Any] = {'markup': False, 'emoji': False, 'highlight': False}
+  found = rich.console.Console(**literal)
+  return found if found.is_terminal else rich.console.Console(width=150, **literal)
+
+
+def printable(text: str) -> str:
+  """Without what would steer the terminal (an escape sequence sampled by a model of bytes)."""
+  return ''.join(c if c.isprintable() or c == '\n' else '\ufffd' for c in text)
 
 
 SHOWN = (  # metric, name on the progress line, format
@@ -150,7 +178,7 @@ class Writer:
     for file in self.folder.glob('step_*.jsonl'):
       if int(file.stem.removeprefix('step_')) > resume_step:
         file.unlink()
-    self.board = tensorboardX.SummaryWriter(str(self.workdir / 'tensorboard'), purge_step=resume_step + 1)
+    self.board = Board(str(self.workdir / 'tensorboard'), resume_step)
     self.console = console()
     columns = (rich.progress.BarColumn(20), rich.progress.TextColumn('{task.completed}/{task.total} {task.description}'),
                rich.progress.TimeRemainingColumn())  # fmt: skip
@@ -160,8 +188,7 @@ class Writer:
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     self.metrics.append({'step': step, **{k: finite(v) for k, v in metrics.items()}})
-    for name, value in metrics.items():
-      self.board.add_scalar(name, value, step)
+    self.board.write(step, metrics)
     text = ' '.join(f'{label} {metrics[name]:{form}}' for name, label, form in SHOWN if name in metrics)
     if self.console.is_terminal:
       self.progress.update(self.bar, completed=step, description=text)
@@ -174,10 +201,9 @@ class Writer:
       {'step': step, 'evaluators': {n: {k: finite(v) for k, v in m.items()} for n, m in evaluators.items()}}
     )
     for name, metrics in evaluators.items():
-      for key, value in metrics.items():
-        self.board.add_scalar(f'eval/{name}/{key}', value, step)
+      self.board.write(step, {f'eval/{name}/{key}': value for key, value in metrics.items()})
       shown = ' '.join(f'{k} {v:.3f}' for k, v in metrics.items() if not k.endswith('stderr') and k != 'problems')
-      self.console.print(f'eval {name} at step {step}: {shown}', highlight=False)
+      self.console.print(f'eval {name} at step {step}: {shown}')
 
   def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Every completion to a file, four of them (one a prompt) to the screen."""
@@ -188,12 +214,12 @@ class Writer:
     for row in rows[:: max(1, len(rows) // 4)][:4]:
       prompt, completion = (t if len(t) <= 300 else t[:150] + ' ... ' + t[-150:] for t in (row['prompt'], row['completion']))
       numbers = ['none' if v is None else f'{v:.2f}' for v in (*row['rewards'].values(), row['advantage'])]
-      table.add_row(*(rich.markup.escape(t) for t in (prompt, completion)), *numbers)
+      table.add_row(printable(prompt), printable(completion), *numbers)
     self.console.print(table)
 
   def close(self) -> None:
     self.progress.stop()
-    self.board.close()
+    self.board.file.close()
 
 
 CURVES = (
@@ -217,7 +243,7 @@ def curves(workdir: str) -> None:
 
   folder = epath.Path(workdir)
   entries, evaluations = read_jsonl(folder / 'metrics.jsonl'), read_jsonl(folder / 'eval.jsonl')
-  names = list(dict.fromkeys(name for entry in entries for name in entry))
+  names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
 
   def matching(pattern: str) -> list[str]:
     head, star, tail = pattern.partition('*')

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from rl_reasoning.config import Optim, check
+from rl_reasoning.config import ConfigError, Optim, check
 from rl_reasoning.structs import PyTree
 
 
@@ -25,12 +26,12 @@ def decays(params: PyTree) -> PyTree:
 def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation, Callable]:
   """(transformation, schedule). Schedules count updates; the last update of `linear` and `cosine` is the one before zero.
 
-  Raises ConfigError for an unknown optimizer, or an option that it does not take.
+  Raises ConfigError for an unknown optimizer, one that needs more than gradients, and an option that it does not take.
   """
   build: Any = getattr(optax, optim.name, None)
   check(callable(build) and 'learning_rate' in inspect.signature(build).parameters,
         f"config key 'optim.name': optax has no optimizer {optim.name!r}")  # fmt: skip
-  known = inspect.signature(build).parameters
+  known = [name for name in inspect.signature(build).parameters if name not in ('learning_rate', 'mask')]
   for key in optim.options:
     check(key in known, f"config key 'optim.options.{key}' is unknown to optax.{optim.name}; known: {', '.join(known)}")
   warmup, rest = optim.warmup_updates, max(1, total_updates - optim.warmup_updates)
@@ -43,9 +44,15 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
   ramp = optax.linear_schedule(optim.learning_rate / (warmup + 1), optim.learning_rate, warmup)
   schedule = optax.join_schedules([ramp, after], [warmup]) if warmup else after
   options = dict(optim.options)
-  if 'mask' in known and 'weight_decay' in known:
+  if {'mask', 'weight_decay'} <= inspect.signature(build).parameters.keys():
     options = {'weight_decay': 0.0, 'mask': decays, **options}  # optax.adamw's own default decays silently
-  steps: list[Any] = [build(schedule, **options)]
-  if optim.grad_clip:
-    steps.insert(0, optax.clip_by_global_norm(optim.grad_clip))
-  return optax.chain(*steps), schedule
+  steps: list[Any] = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip else []
+  weights = {'w': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+  try:
+    steps.append(build(schedule, **options))
+    optimizer = optax.chain(*steps)
+    jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
+  except Exception as error:  # an option of a wrong type shows only when it is used
+    text = f"config section 'optim': optax.{optim.name} with {dict(optim.options)} makes no update: {error}"
+    raise ConfigError(' '.join(text.split())[:600]) from error
+  return optimizer, schedule

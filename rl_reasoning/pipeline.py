@@ -11,6 +11,7 @@ if __name__ == '__main__':
 
   environment.restart_with_huge_pages('rl_reasoning.pipeline')
 
+import errno
 import json
 import sys
 import time
@@ -31,7 +32,8 @@ def fill(value: Any, workdir: str) -> Any:
 
 def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = False) -> dict[str, Any]:
   """Runs what is not finished; returns and writes summary.json: per stage, and as 'final' for the last, its last evaluation."""
-  check(bool(stages), "pipeline: 'stages' is empty")
+  check(isinstance(stages, Mapping) and bool(stages), "pipeline: 'stages' is no mapping of names to train configs")
+  check('final' not in stages, "pipeline: no stage may be called 'final': summary.json has the last one's numbers there")
   resolved = {name: (config_lib.resolve(fill(s, workdir)), set(config_lib.flatten(s))) for name, s in stages.items()}
   result: dict[str, Any] = {}
   for name, (config, keys_set) in resolved.items():
@@ -63,6 +65,11 @@ def main(argv: list[str]) -> int:
   except train.Diverged as error:
     print(f'diverged: {error}', file=sys.stderr)
     return 3
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(f'error: {error} (workdir {flags["workdir"]}); make room, and the same command goes on', file=sys.stderr)
+    return 2
   rows = []
   for stage, entry in result.items():
     if stage != 'final':

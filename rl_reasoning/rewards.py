@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rl_reasoning.config import ConfigError, check
-from rl_reasoning.tokenizer import TAGS, split_completion
+from rl_reasoning.tokenizer import TAGS, from_thinking, split_completion
 from rl_reasoning.verify.math import check_countdown, extract_answer, numbers_equal
 
 Reward = Callable[..., Sequence[float | None]]
@@ -28,15 +28,20 @@ def last_text(message: Any) -> str:
   return message if isinstance(message, str) else message[-1]['content']
 
 
-def grade(completions: Sequence, columns: Mapping[str, Any], flexible: bool) -> list[float | None]:
+def whole_text(prompt: Any, completion: Any) -> str:
+  return from_thinking(prompt, last_text(completion))
+
+
+def grade(prompts: Sequence, completions: Sequence, columns: Mapping[str, Any], flexible: bool) -> list[float | None]:
   absent = [None] * len(completions)
   gold, numbers, target = (columns.get(k, absent) for k in ('answer', 'numbers', 'target'))
   values: list[float | None] = []
-  for n, completion in enumerate(completions):
+  for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    text = whole_text(prompt, completion)
     if numbers[n] is not None and target[n] is not None:
-      right = check_countdown(numbers[n], target[n], extract_answer(last_text(completion)))
+      right = check_countdown(numbers[n], target[n], extract_answer(text))
     elif gold[n] is not None:
-      right = numbers_equal(gold[n], extract_answer(last_text(completion), flexible=flexible))
+      right = numbers_equal(gold[n], extract_answer(text, flexible=flexible))
     else:
       right = None
     values.append(None if right is None else float(right))
@@ -45,29 +50,24 @@ def grade(completions: Sequence, columns: Mapping[str, Any], flexible: bool) -> 
 
 def accuracy(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
   """1 where the one marked answer after the thinking is the `answer` column's number (or solves `numbers` -> `target`), else 0."""
-  return grade(completions, columns, flexible=False)
+  return grade(prompts, completions, columns, flexible=False)
 
 
 def accuracy_flexible(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
   """As `accuracy`, but an unmarked text answers with its last number. What evaluators call accuracy."""
-  return grade(completions, columns, flexible=True)
-
-
-def opened(prompt: Any) -> str:
-  return prompt if isinstance(prompt, str) else ''
+  return grade(prompts, completions, columns, flexible=True)
 
 
 def format(prompts, completions, completion_ids=None, **columns) -> list[float]:
   """1 for exactly '<think>...</think><answer>...</answer>' with each tag once, space around them allowed; else 0."""
-  pairs = zip(prompts, completions, strict=True)
-  return [float(split_completion(last_text(c), opened(p)).well_formed) for p, c in pairs]
+  return [float(split_completion(whole_text(p, c)).well_formed) for p, c in zip(prompts, completions, strict=True)]
 
 
 def format_tags(prompts, completions, completion_ids=None, **columns) -> list[float]:
   """A quarter for each of the four tags that stands exactly once, and after the tags before it in the format."""
   values = []
   for prompt, completion in zip(prompts, completions, strict=True):
-    text = '<think>' * opened(prompt).rstrip().endswith('<think>') + last_text(completion)
+    text = whole_text(prompt, completion)
     place, score = -1, 0.0
     for tag in TAGS:
       if text.count(tag) == 1 and text.index(tag) > place:
@@ -88,8 +88,11 @@ def resolve(name: str) -> Reward:
   """A function of REWARDS, or 'module:function'. Raises ConfigError."""
   if name in REWARDS:
     return REWARDS[name]
-  module, colon, attribute = name.partition(':')
-  check(bool(colon), f"config key 'rewards.functions': {name!r} is none of {', '.join(REWARDS)}, and no 'module:function'")
+  module, _, attribute = name.partition(':')
+  check(
+    bool(module and attribute),
+    f"config key 'rewards.functions': {name!r} is none of {', '.join(REWARDS)}, and no 'module:function'",
+  )
   try:
     function = getattr(importlib.import_module(module), attribute)
   except (ImportError, AttributeError) as error:

@@ -80,8 +80,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def size_class(length: int) -> int:
-  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 192, ... Few shapes to compile, at most a third of padding."""
-  size = 16
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 and size >= 32 else (size // 3 * 4 if size >= 48 else size * 2)
-  return size
+  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... Few shapes to compile, little padding: up to
+  a third of a short row, a fifth of one over 128."""
+  octave = 16
+  while octave * 2 < length:
+    octave *= 2
+  parts = 1 if octave < 32 else 2 if octave < 128 else 4
+  return max(16, -(-length * parts // octave) * octave // parts)

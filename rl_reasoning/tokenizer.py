@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from rl_reasoning.config import check
+from rl_reasoning.verify.math import answer_elements
+
 TEMPLATES = {
   'plain': '{prompt}',
   # DeepSeek-R1-Zero's template (2501.12948, table 1).
@@ -70,7 +73,7 @@ class ByteTokenizer:
     return ''.join(out) + run.decode(errors='replace')
 
   def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-    text = ''.join(f'<{"user" if m["role"] == "user" else "assistant"}>{m["content"]}<end>' for m in messages)
+    text = ''.join(f'<{"assistant" if m["role"] == "assistant" else "user"}>{m["content"]}<end>' for m in messages)
     return text + '<assistant>' * add_generation_prompt
 
 
@@ -116,6 +119,12 @@ def load(name: str) -> Tokenizer:
   return ByteTokenizer() if name == 'bytes' else HFTokenizer(str(pathlib.Path(name).expanduser()))
 
 
+def check_template(template: str) -> None:
+  known = [*TEMPLATES, 'chat', 'chat_think']
+  check(template in known or '{prompt}' in template,
+        f"config key 'roles.policy.template': {template!r} is none of {', '.join(known)}, and no text with {{prompt}}")  # fmt: skip
+
+
 def render_prompt(prompt: str | Sequence[Mapping[str, str]], template: str, tokenizer: Tokenizer) -> str:
   """A prompt column (text, or chat messages) as the text the model continues."""
   if not isinstance(prompt, str):
@@ -123,6 +132,7 @@ def render_prompt(prompt: str | Sequence[Mapping[str, str]], template: str, toke
   if template in ('chat', 'chat_think'):
     content = prompt + THINK_INSTRUCTION * (template == 'chat_think')
     return tokenizer.chat([{'role': 'user', 'content': content}], True)
+  check_template(template)
   return TEMPLATES.get(template, template).replace('{prompt}', prompt)
 
 
@@ -161,12 +171,14 @@ WELL_FORMED = re.compile(r'\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*',
 TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 
 
-def split_completion(text: str, prompt: str = '') -> Parts:
-  """A completion into chain of thought and answer. A prompt that ends in <think> has opened the thinking already."""
-  if prompt.rstrip().endswith('<think>'):
-    text = '<think>' + text
-  match = WELL_FORMED.fullmatch(text)
-  well_formed = bool(match) and all(text.count(tag) == 1 for tag in TAGS)
+def from_thinking(prompt: Any, completion: str) -> str:
+  """The completion with the <think> that its prompt has opened already, where the prompt (a text) ends in one."""
+  return '<think>' * (isinstance(prompt, str) and prompt.rstrip().endswith('<think>')) + completion
+
+
+def split_completion(text: str) -> Parts:
+  """A completion into chain of thought and answer."""
+  well_formed = all(text.count(tag) == 1 for tag in TAGS) and bool(WELL_FORMED.fullmatch(text))
   think, closed, rest = text.partition('</think>')
-  answers = re.findall(r'<answer>(.*?)</answer>', rest if closed else text, re.DOTALL)
+  answers = answer_elements(rest if closed or '<think>' in text else text)
   return Parts(think.replace('<think>', '') if closed else None, answers[0] if len(answers) == 1 else None, well_formed)

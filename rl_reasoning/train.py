@@ -20,7 +20,7 @@ import jax
 from etils import epath
 
 from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluate, metrics
-from rl_reasoning.collect import collect
+from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
 from rl_reasoning.structs import TrainState
 
@@ -45,14 +45,19 @@ def open_workdir(workdir: epath.Path, config: Config, overwrite: bool) -> None:
   if path.exists():
     try:
       old = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
       raise ConfigError(f'{path}: {error}; --overwrite starts anew') from None
+    check(isinstance(old, dict), f'{path}: holds no config; --overwrite starts anew')
     # A run may go on on another mesh.
     changed = config_lib.differences({**old, 'mesh': {}}, {**new, 'mesh': {}})
     check(not changed, f'{workdir} holds a run of another config (--overwrite deletes it):\n  ' + '\n  '.join(changed))
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, config_lib.to_json(config))
+  check(not (workdir / 'checkpoints').exists(), f'{workdir} has checkpoints but no config.json; --overwrite starts anew')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, config_lib.to_json(config))
+  except OSError as error:
+    raise ConfigError(f'--workdir={workdir}: {error}') from None
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
@@ -90,6 +95,8 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
   with jax.set_mesh(run.mesh):
     source = data.load(config.data, 'train', config.seed, config.data.train_size or None)
     problems = evaluate.test_problems(run) if evaluators else []
+    if overwrite or not (root_dir / 'config.json').exists():
+      check_rows(run, source)
     state = run.init()
     open_workdir(root_dir, config, overwrite)
     finished = root_dir / 'summary.json'
@@ -169,21 +176,23 @@ EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'pass
 
 def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
   """Command line -> (config, keys that were set, the other flags)."""
+  known = ('config', 'workdir', 'overwrite', 'explain')
   flags: dict[str, str] = {}
-  overrides: dict[str, str] = {}
   for argument in argv:
-    name, equals, value = argument.removeprefix('--').partition('=')
     check(argument.startswith('--'), f'argument {argument!r} is not understood; flags are --name=value')
-    if name.startswith('config.'):
-      check(bool(equals), f'--{name}: no value, write --{name}=VALUE')
-      overrides[name.removeprefix('config.')] = value
-    else:
-      check(name in ('config', 'workdir', 'overwrite', 'explain'), f'flag --{name} is unknown')
-      flags[name] = value
+    name, equals, value = argument.removeprefix('--').partition('=')
+    check(name in known or name.startswith('config.'),
+          f'flag --{name} is unknown; flags are {", ".join("--" + k for k in known)} and --config.KEY=VALUE')  # fmt: skip
+    check(bool(equals) or not name.startswith('config.'), f'--{name}: no value, write --{name}=VALUE')
+    check(name not in flags, f'flag --{name} is given twice')
+    flags[name] = value
   check('config' in flags, '--config=FILE.py is missing')
+  check(not flags.get('overwrite'), f'--overwrite={flags.get("overwrite")}: the flag takes no value')
+  check(flags.get('explain', '') in ('', 'json'), f'--explain={flags.get("explain")}: write --explain or --explain=json')
   settings = config_lib.read_file(flags['config'])
-  for key, value in overrides.items():
-    settings = config_lib.override(settings, key, config_lib.parse_value(value))
+  for name, value in flags.items():
+    if name.startswith('config.'):
+      settings = config_lib.override(settings, name.removeprefix('config.'), config_lib.parse_value(value))
   return config_lib.resolve(settings), set(config_lib.flatten(settings)), flags
 
 

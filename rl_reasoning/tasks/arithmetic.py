@@ -51,12 +51,11 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
   `styles` weighs how training rows are written (default: all clean): 'sloppy' errs by `sloppiness`, 'direct' does too and shows no chain.
   `answer` is right in every style.
   """
-  styles = dict(styles or {'clean': 1.0})
-  for name in styles:
+  given = dict(styles or {'clean': 1.0})
+  for name in given:
     check(name in STYLES, f"config key 'data.options.styles.{name}' is none of {', '.join(STYLES)}")
-  check(
-    min(styles.values()) >= 0 < sum(styles.values()), "config key 'data.options.styles': weights are >= 0, and one is positive"
-  )
+  weights = [given.get(name, 0.0) for name in STYLES]  # in one order: that of the config's keys must not matter
+  check(min(weights) >= 0 < sum(weights), "config key 'data.options.styles': weights are >= 0, and one is positive")
   check(operands >= 2, f"config key 'data.options.operands': {operands} must be at least 2")
   check(0 <= low <= high, f"config key 'data.options.low': {low} is not within 0 and high = {high}")
   check(
@@ -78,7 +77,7 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
       )
     if split == 'test':
       seen.add(prompt)
-    style = rng.choices(list(styles), list(styles.values()))[0] if split == 'train' else 'clean'
+    style = rng.choices(STYLES, weights)[0] if split == 'train' else 'clean'
     chain, result = worked(numbers, chosen, rng, 0 if style == 'clean' else sloppiness)
     right = worked(numbers, chosen, rng, 0)[1]
     yield {

@@ -32,6 +32,7 @@ def rows(
 ) -> Iterator[dict]:
   """`size` rows {prompt, chain_of_thought, completion, numbers, target}; `completion` is one of the right expressions."""
   check(count >= 2, f"config key 'data.options.count': {count} must be at least 2")
+  check(max_target >= 1, f"config key 'data.options.max_target': {max_target} must be at least 1")
   check(high >= 1, f"config key 'data.options.high': {high} must be at least 1")
   seen: set[str] = set()
   for index in range(size or 0):

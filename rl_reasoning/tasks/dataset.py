@@ -49,32 +49,32 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
     for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
       yield f'{path}:{index}', row
     return
-  with path.open(encoding='utf-8') as lines:
+  with path.open('rb') as lines:  # json finds the encoding, and leaves a byte order mark out
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
       try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass as JSON, and no tokenizer takes them
       except ValueError as error:
-        raise ConfigError(f'{path}:{number}: not JSON: {error}') from None
+        raise ConfigError(f'{path}:{number}: not JSON in UTF-8: {error}') from None
       check(isinstance(row, dict), f'{path}:{number}: not a JSON object')
       yield f'{path}:{number}', row
 
 
 def identity(row: Mapping) -> str:
-  """What two rows share when they ask the same: the prompt (or the turns before the last answer), case and spaces aside."""
-  asked = row.get('prompt')
-  if asked is None:
-    asked = [m for m in row['messages'] if m['role'] != 'assistant']
-  text = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True)
+  """What two rows share when they ask the same: the prompt, or what a conversation's user says in all, case and spaces aside."""
+  asked = row['prompt'] if 'prompt' in row else row['messages']
+  turns = [] if isinstance(asked, str) else [m['content'] for m in asked if m['role'] not in ('system', 'assistant')]
+  text = asked if isinstance(asked, str) else ' '.join(turns)
   return ' '.join(text.lower().split())
 
 
 def check_messages(place: str, column: str, messages) -> None:
-  good = (
-    isinstance(messages, list) and messages and all(isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
+  good = isinstance(messages, list) and all(
+    isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in messages
   )
-  check(bool(good), f'{place}: column {column!r} is not a list of {{"role", "content"}} messages')
+  check(good and bool(messages), f'{place}: column {column!r} is not a list of {{"role", "content"}} messages of text')
 
 
 def check_row(place: str, row: Mapping) -> None:
@@ -96,12 +96,15 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Ma
   Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
   """
 
+  names = dict(columns or {})
+
   def renamed(name: str) -> Iterator[dict]:
     for file in files(path, name):
-      for place, row in read(file):
-        for theirs, ours in (columns or {}).items():
-          check(theirs in row, f"config key 'data.options.columns': {place} has no column {theirs!r}")
-          row[ours] = row.pop(theirs)
+      for place, found in read(file):
+        for theirs in names:
+          check(theirs in found, f"config key 'data.options.columns': {place} has no column {theirs!r}")
+        row = {names.get(column, column): value for column, value in found.items()}
+        check(len(row) == len(found), f"config key 'data.options.columns': {place} has two columns of one new name")
         check_row(place, row)
         yield row
 

@@ -13,12 +13,10 @@ MARKS = re.compile(r'<<[^<>]*>>')  # the data set's calculator annotations
 
 
 def files(path: str, split: str) -> list[pathlib.Path]:
+  is_file = pathlib.Path(path).expanduser().is_file()
+  check(not is_file, f"config key 'data.path': {path!r} is a file; give the folder of both splits")
   found = dataset.files(path or 'openai/gsm8k', split)
-  main = [f for f in found if f.parent.name != 'socratic']  # the hub holds a second wording of the same answers
-  check(
-    not found or not pathlib.Path(path).is_file(), f"config key 'data.path': {path!r} is a file; give the folder of both splits"
-  )
-  return main
+  return [f for f in found if f.parent.name != 'socratic']  # the hub holds a second wording of the same answers
 
 
 def convert(row: dict, place: str) -> dict:

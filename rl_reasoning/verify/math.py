@@ -9,23 +9,40 @@ from fractions import Fraction
 
 LIMIT = 256  # characters of an answer that are looked at; a longer one is wrong
 # A sign counts only where no number or letter stands before it: '12-5' is two numbers, '-5' is one.
-NUMBER = re.compile(r'(?<![0-9A-Za-z_.)])-?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+(?:\.[0-9]+)?)?|[0-9]+')
-PLAIN = re.compile(r'(-?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?(?:/([0-9]+))?')
-ELEMENT = re.compile(r'<answer>(.*?)</answer>', re.DOTALL)
+NUMBER = re.compile(r'(?<![0-9A-Za-z_.)])-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+(?:\.[0-9]+)?)?|[0-9]+')
+PLAIN = re.compile(r'(-?)([0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|(?=\.))(\.[0-9]+)?(?:/([0-9]+))?')
+MINUS = re.compile('[\u2212\u2013]')  # the minus sign and the en dash
+THOUSANDS = re.compile(r'(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3})')  # LaTeX's ways to write the comma of 1,234
+SIGN_OF_MONEY = re.compile(r'-\\?[$€£¥] ?')
+DECORATION = re.compile(r'\\(?:text|textbf|mathrm|mathbf|boxed|left|right)(?![A-Za-z])|\\[\[\]()$%,;:! ]|\^\{?\\circ\}?|[$€£¥]')
+LOOSE_SIGN = re.compile(r'(?<![0-9A-Za-z)])-[\s({]+[.0-9]')  # '- 5', '-(5)'
 HASHES = re.compile(r'####([^\n]*)')
 
 
 def boxed(text: str) -> list[str]:
-  """Contents of every \\boxed{...}, braces counted; an unclosed box gives nothing."""
-  found = []
-  for match in re.finditer(r'\\boxed\s*\{', text):
-    depth = 1
-    for end in range(match.end(), len(text)):
-      depth += {'{': 1, '}': -1}.get(text[end], 0)
-      if depth == 0:
-        found.append(text[match.end() : end])
-        break
-  return found
+  """Contents of every outermost \\boxed{...}, braces counted; an unclosed box gives nothing. One pass, however hostile the text."""
+  spans: list[tuple[int, int]] = []
+  opened: list[int | None] = []  # for every open brace where its box begins, None for a brace that is no box
+  for match in re.finditer(r'(\\boxed\s*)?\{|\}', text):
+    if match[0] != '}':
+      opened.append(match.end() if match[1] else None)
+    elif opened and (start := opened.pop()) is not None:
+      while spans and spans[-1][0] > start:  # boxes inside this one
+        spans.pop()
+      spans.append((start, match.start()))
+  return [text[start:end] for start, end in spans]
+
+
+def answer_elements(text: str) -> list[str]:
+  """Contents of every <answer>...</answer>."""
+  closed = text[: text.rfind('</answer>') + len('</answer>')]  # behind the last end tag every start tag would search in vain
+  return re.findall(r'<answer>(.*?)</answer>', closed, re.DOTALL)
+
+
+def plain_signs(text: str) -> str:
+  """Without what only dresses a number: signs of currency and percent, LaTeX around it, other dashes for the minus."""
+  text = THOUSANDS.sub(',', MINUS.sub('-', text))
+  return DECORATION.sub(' ', SIGN_OF_MONEY.sub('-', text))
 
 
 def extract_answer(text: str, *, flexible: bool = False) -> str | None:
@@ -35,23 +52,27 @@ def extract_answer(text: str, *, flexible: bool = False) -> str | None:
   lm-evaluation-harness): for measuring models that were never taught a format, not for rewarding.
   """
   text = text.rpartition('</think>')[2]
-  for found in (ELEMENT.findall(text), boxed(text), HASHES.findall(text)):
+  if '<think>' in text:
+    return None  # still thinking
+  for found in (answer_elements(text), boxed(text), HASHES.findall(text)):
     if found:
       return found[0].strip() if len(found) == 1 else None
   if '<answer>' in text or '</answer>' in text or '\\boxed' in text:
     return None  # a mark that was never closed
   if parse_number(text) is not None and len(text.strip()) <= 32:
     return text.strip()
-  numbers = NUMBER.findall(text) if flexible else []
+  numbers = NUMBER.findall(plain_signs(text)) if flexible else []
   return numbers[-1] if numbers else None
 
 
 def parse_number(text: str) -> Fraction | None:
   """The only number in a text, exactly: integers, decimals, fractions, thousands commas. Units and signs of currency around it are
-  ignored; two numbers, an equation or an over-long text are none."""
-  if len(text) > LIMIT or '=' in text:
+  ignored; two numbers, an equation, a number under a root or a power, other LaTeX, or an over-long text are none."""
+  if len(text) > LIMIT:
     return None
-  text = text.replace('\u2212', '-').replace('-$', '$-').replace('\\$', '').replace('$', '')
+  text = plain_signs(text)
+  if LOOSE_SIGN.search(text) or any(c in '=^\\√π±' or (c.isnumeric() and not c.isascii()) for c in text):
+    return None
   found = NUMBER.findall(text)
   match = PLAIN.fullmatch(found[0].rstrip(',')) if len(found) == 1 else None
   if match is None or (match[4] and int(match[4]) == 0):

@@ -1,0 +1,445 @@
+"""From config to programs: every key acts or is refused, every size divides or is named."""
+
+import contextlib
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl_reasoning import build, collect, config, data, evaluate, metrics, model, rollout, sharding
+from rl_reasoning.config import ConfigError
+from rl_reasoning.objectives.grpo import Given, Grpo
+from rl_reasoning.objectives.sft import Sft
+from rl_reasoning.presets import PRESETS
+from rl_reasoning.structs import Batch, Rollout
+
+SHARED = {
+  'total_steps': 8,
+  'data': {'train_size': 64},
+  'optim': {'schedule': 'linear', 'warmup_updates': 2},
+}
+SFT = config.merge(SHARED, {'data': {'batch_size': 16, 'max_length': 64}})
+GRPO = config.merge(SHARED, {
+  'data': {'batch_size': 8, 'max_prompt_length': 32},
+  'objective': {'name': 'grpo', 'num_generations': 4},
+  'rollout': {'max_completion_length': 16},
+  'rewards': {'functions': ('accuracy', 'tests.test_build:crash'), 'on_error': 'none'},
+})  # fmt: skip
+EVAL = {'every': 4, 'size': 16, 'batch_size': 16}
+SETTINGS = {
+  'sft': SFT,
+  'sft, evaluated': config.merge(SFT, {
+    'eval': {**EVAL, 'evaluators': {'e': dataclasses.asdict(evaluate.Evaluator(num_samples=2, temperature=1.0))}},
+  }),
+  'grpo': GRPO,
+  'grpo, several updates': config.merge(GRPO, {
+    'objective': {'num_iterations': 2, 'num_minibatches': 2, 'beta': 0.1},
+  }),
+}  # fmt: skip
+
+
+def crash(prompts, completions, **columns):
+  raise RuntimeError('a reward with a bug')
+
+
+def refusal(call, *arguments) -> str:
+  with pytest.raises(ConfigError) as caught:
+    call(*arguments)
+  return str(caught.value)
+
+
+def resolve(settings):
+  """(resolved config, objective, arch) as the command line gets it."""
+  return build.resolve(config.resolve(settings), set(config.flatten(settings)))
+
+
+def keys(name: str) -> tuple[dict, set[str]]:
+  """(the keys of a resolved config of SETTINGS with their values, those that cannot act in it)."""
+  resolved, objective, _ = resolve(SETTINGS[name])
+  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective))
+
+
+# Another value for every key that can show in a step's rows and programs.
+OTHER = {
+  'seed': 1, 'total_steps': 9,
+  'model.preset': 'nano', 'model.dtype': 'bfloat16', 'model.remat': 'full',
+  'model.arch.vocab_size': 272, 'model.arch.hidden_size': 32, 'model.arch.intermediate_size': 64, 'model.arch.num_hidden_layers': 1,
+  'model.arch.num_attention_heads': 8, 'model.arch.num_key_value_heads': 2, 'model.arch.head_dim': 8, 'model.arch.rope_theta': 500.0,
+  'model.arch.rms_norm_eps': 1e-3, 'model.arch.tie_word_embeddings': False, 'model.arch.qkv_bias': True, 'model.arch.qk_norm': True,
+  'roles.policy.template': 'Q: {prompt}', 'roles.ref.template': 'Q: {prompt}', 'roles.ref.tokenizer': 'bytes',
+  'data.task': 'countdown', 'data.options': {'operands': 2}, 'data.train_size': 32, 'data.batch_size': 24,
+  'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
+  'rollout.chunk': 4,
+  'rewards.functions': ('format', 'accuracy'), 'rewards.weights': (1.0, 0.5),
+  'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
+  'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
+  'mesh.fsdp': 2, 'mesh.tensor': 2,
+  'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
+  'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
+  'eval.evaluators.e.top_k': 5, 'eval.evaluators.e.top_p': 0.5, 'eval.evaluators.e.min_p': 0.1,
+  'eval.evaluators.e.max_completion_length': 12,
+  'objective.train_on_prompt': True, 'objective.aggregation': 'sequence_sum', 'objective.num_generations': 6,
+  'objective.num_iterations': 3, 'objective.num_minibatches': 4, 'objective.epsilon': 0.1, 'objective.epsilon_high': 0.3,
+  'objective.beta': 0.2, 'objective.kl_estimator': 'k2', 'objective.scale_rewards': 'none',
+  'objective.mask_truncated_completions': True, 'objective.ref_model_sync_updates': 3,
+}  # fmt: skip
+# Keys that name a source or a limit: another value shows in what is refused.
+REFUSED = {
+  'roles.policy.init': ('/no/such', "config key 'roles.policy.init': '/no/such' does not exist"),
+  'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
+  'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
+  'data.path': ('/no/such', "config key 'data.path' cannot act: data.task 'arithmetic' reads no file"),
+  'data.max_length': (8, "config key 'data.max_length': 8, but a row has"),
+  'data.max_prompt_length': (4, "config key 'data.max_prompt_length': 4, but"),
+  'objective.name': ('no such', "config key 'objective.name': 'no such' is none of"),
+  'mesh.data': (4, "'data': 4"),
+  'rollout.top_k': (5, 'top_k, top_p and min_p must be off'),
+  'rollout.top_p': (0.5, 'top_k, top_p and min_p must be off'),
+  'rollout.min_p': (0.1, 'top_k, top_p and min_p must be off'),
+  'rewards.on_error': ('raise', "reward 'tests.test_build:crash' failed on row 0"),
+}
+# They change when something is done or where it is kept, not what a step computes.
+BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_dir', 'eval.every', 'eval.at_start'}
+
+# They stand in the program; that they decide nothing is test_epsilon_stands_by.
+STANDS_BY = {'objective.epsilon', 'objective.epsilon_high'}
+
+
+def fake_rollout(calls: list, params, arch, prompts, *, settings, group, key, prompt_ids=None, mesh=None, **others) -> Rollout:
+  """In place of rollout.generate: notes what was asked for; every other completion is in the format, the others are cut."""
+  calls.append((arch, prompts, settings, group, key, prompt_ids, others))
+  N, C = len(prompts) * group, settings.max_completion_length
+  good = [258, 49, 259, 260, 53, 261, 257]  # <think>1</think><answer>5</answer><end>
+  tokens = np.full((N, C), 65, np.int32)
+  tokens[::2, : len(good)] = good
+  tokens[::2, len(good) :] = 0
+  cut = np.arange(N) % 2 == 1
+  return Rollout(tokens, np.full((N, C), -1.0, np.float32), np.where(cut, C, len(good)), cut)
+
+
+@pytest.fixture(scope='module')
+def running(tmp_path_factory):
+  """(settings, keys set) -> context of (run, its mesh set; what its rollouts were asked for)."""
+  cache = str(tmp_path_factory.mktemp('data'))
+
+  @contextlib.contextmanager
+  def enter(settings, keys_set):
+    run, calls = build.build(config.resolve(config.override(settings, 'data.cache_dir', cache)), keys_set), []
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(run.mesh):
+      patch.setattr(rollout, 'generate', functools.partial(fake_rollout, calls))
+      yield run, calls
+
+  return enter
+
+
+def first_rows(run, state):
+  source = data.load(run.config.data, 'train', run.config.seed, run.config.data.train_size or None)
+  return collect.collect(run, source, state, jax.random.key(0), metrics.PhaseTimer())
+
+
+@pytest.fixture(scope='module')
+def observe(running):
+  """(settings, keys set) -> texts, one after the other: of all that a run of them computes from."""
+
+  def texts(settings, keys_set):
+    with running(settings, keys_set) as (run, calls):
+      steps = run.steps
+      yield str(run.mesh)
+      yield str(run.tokenizer.encode('<think>a'))
+      begin, state = jax.make_jaxpr(run.init)(), jax.eval_shape(run.init)
+      yield f'{begin} {begin.consts} {jax.tree.structure(state)}'
+      got = first_rows(run, state)
+      yield f'{got.cursor} {got.samples} {calls}'
+      yield str([x.tolist() for x in jax.tree.leaves(got.batch)])
+      yield str([part.tokens.tolist() for part in steps.minibatches(got.batch, jax.random.key(0))])
+      yield str(jax.make_jaxpr(steps.score)(state, got.batch))
+      scored = jax.eval_shape(steps.score, state, got.batch)
+      yield jax.jit(steps.prepare).lower(state, scored).as_text()  # constants in full
+      yield str(jax.make_jaxpr(steps.update)(state, jax.eval_shape(steps.prepare, state, scored)[0]))
+      if run.config.eval.every:
+        calls.clear()
+        yield str(evaluate.evaluate_all(run, state.params['policy'], evaluate.test_problems(run)))
+        yield str(calls)
+
+  return lambda *arguments: contextlib.closing(texts(*arguments))
+
+
+@pytest.fixture(scope='module')
+def whole(observe):
+  """name -> all texts of SETTINGS[name]."""
+
+  @functools.cache
+  def texts(name):
+    with observe(SETTINGS[name], set(config.flatten(SETTINGS[name]))) as got:
+      return list(got)
+
+  return texts
+
+
+def live() -> list[tuple[str, str]]:
+  """(name, key) of what must act; a key is tried in the first of SETTINGS in which it can, and once more under the other objective."""
+  pairs, tried = [], {'sft': set(), 'grpo': set()}
+  for name in SETTINGS:
+    values, dead = keys(name)
+    fresh = values.keys() - dead - BOOKKEEPING - tried[name.split(',')[0]]
+    pairs += [(name, key) for key in sorted(fresh)]
+    tried[name.split(',')[0]] |= fresh
+  return pairs
+
+
+@pytest.mark.parametrize('name, key', live())
+def test_every_key_acts(name, key, observe, whole):
+  """Failure: a knob that moves nothing, and is not refused either. A new key needs another value in OTHER or REFUSED."""
+  value, wanted = REFUSED.get(key, (OTHER.get(key), ''))
+  assert value is not None and value != keys(name)[0][key]
+  changed = config.override(SETTINGS[name], key, value)
+  old = whole(name)
+  with observe(changed, set(config.flatten(changed))) as new:
+    if wanted:
+      assert wanted in refusal(list, new)
+    else:
+      assert any(a != b for a, b in zip(new, old))
+
+
+@pytest.mark.parametrize('name', SETTINGS)
+def test_keys_that_cannot_act(name, observe, whole):
+  """Failure: a key is refused although it acts (all of them changed at once must change nothing), or is not refused."""
+  values, dead = keys(name)
+  changed = SETTINGS[name]
+  for key in sorted(dead):
+    value = OTHER[key] if key in OTHER else REFUSED[key][0]
+    assert f"'{key}" in refusal(resolve, config.override(SETTINGS[name], key, value))
+    assert f"'{key}" in refusal(resolve, config.override(SETTINGS[name], key, values[key]))  # set to what it is anyway
+    if key not in STANDS_BY:
+      changed = config.override(changed, key, value)
+  with observe(changed, set()) as got:
+    assert list(got) == whole(name)
+
+
+def test_epsilon_stands_by():
+  """Failure: epsilon is refused where a step has one update, although that update depends on it (a ratio of exactly 1 is on no edge)."""
+  rng, N, T = np.random.default_rng(0), 4, 6
+  logp, ones = jnp.asarray(rng.normal(-2, 1, (N, T)), jnp.float32), jnp.ones((N, T), jnp.float32)
+  batch = Batch(
+    tokens=ones, segment_NT=ones, position_NT=ones, mask_NT=ones, source_N=ones[:, 0], group_N=ones[:, 0], weight_NT=ones,
+    logp_sample_NT=logp, advantage_NT=jnp.asarray(rng.normal(0, 1, (N, T)), jnp.float32),
+  )  # fmt: skip
+  nets = {'policy': SimpleNamespace(logp=lambda params, rows, entropy: (params, params))}
+
+  def gradient(epsilon, old=None):
+    objective = Grpo(Given(('accuracy',), (1.0,), T), epsilon=epsilon)
+    rows = batch.replace(logp_old_NT=old)
+    return jax.grad(lambda x: objective.loss(nets, {'policy': x}, {}, {}, rows)[0])(logp)
+
+  np.testing.assert_array_equal(gradient(1e-6), gradient(0.2))
+  np.testing.assert_allclose(gradient(0.2), -batch.advantage_NT, rtol=1e-6)
+  assert np.any(gradient(1e-6, logp - 0.1) != gradient(0.2, logp - 0.1))
+
+
+@pytest.mark.parametrize(
+  'settings, key, why',
+  [
+    (config.override(SFT, 'rollout.temperature', 1.0), 'rollout.temperature', 'nothing is sampled'),
+    (config.override(SETTINGS['sft, evaluated'], 'rollout.temperature', 1.0), 'rollout.temperature', 'evaluators name their own'),
+    (config.override(SFT, 'rewards.weights', ()), 'rewards.weights', 'reads no rewards'),
+    (config.override(SFT, 'roles.ref.init', 'x'), 'roles.ref.init', 'keeps no reference'),
+    (config.override(SFT, 'eval.size', 3), 'eval.size', 'eval.every is 0'),
+    (config.override(SFT, 'eval.evaluators', {'greedy': {}}), 'eval.evaluators.greedy', 'eval.every is 0'),
+    (config.merge(SFT, {'eval': EVAL}), 'eval.every', 'eval.evaluators is empty'),
+    (config.override(GRPO, 'data.max_length', 9), 'data.max_length', 'no row comes from data'),
+    (config.override(GRPO, 'objective.kl_estimator', 'k2'), 'objective.kl_estimator', 'objective.beta is 0'),
+    (config.override(GRPO, 'objective.ref_model_sync_updates', 2), 'objective.ref_model_sync_updates', 'objective.beta is 0'),
+    (config.override(GRPO, 'objective.epsilon', 0.2), 'objective.epsilon', 'one update a rollout'),
+    (config.override(GRPO, 'roles.ref.template', 'plain'), 'roles.ref.template', 'keeps no reference'),
+    (config.merge(GRPO, {'objective': {'beta': 0.1}, 'roles': {'ref': {'template': 'chat'}}}), 'roles.ref.template', 'the policy sampled'),
+    (config.merge(GRPO, {'roles': {'policy': {'init': 'tests/fixtures/llama'}}, 'model': {'preset': 'tiny'}}), 'model.preset',
+     'the architecture comes with roles.policy.init'),
+  ],
+)  # fmt: skip
+def test_refusals_say_why(settings, key, why):
+  """Failure: a key that cannot act is accepted, or the reason is another."""
+  lines = [line for line in refusal(resolve, settings).splitlines() if repr(key) in line]
+  assert len(lines) == 1 and why in lines[0]
+
+
+def test_truncation_is_refused_in_training():
+  """Failure: the policy is scored under another distribution than the one it was sampled from."""
+  for key, value in (('top_k', 5), ('top_p', 0.9), ('min_p', 0.1)):
+    assert 'top_k, top_p and min_p must be off' in refusal(resolve, config.override(GRPO, f'rollout.{key}', value))
+  assert "'rollout.temperature': 0 is greedy" in refusal(resolve, config.override(GRPO, 'rollout.temperature', 0))
+
+
+@pytest.mark.parametrize(
+  'objective, wanted',
+  [
+    ({'name': 'grppo'}, "config key 'objective.name': 'grppo' is none of sft, grpo"),
+    ({'name': {'x': 1}}, "config key 'objective.name'"),
+    ({'name': 'grpo', 'num_generation': 4}, "did you mean 'objective.num_generations'?"),
+    ({'name': 'grpo', 'given': 1}, "config key 'objective.given' is unknown"),
+    ({'name': 'sft', 'beta': 1.0}, "config key 'objective.beta' is unknown"),
+    ({'name': 'sft', 'aggregation': 'fixed_length'}, "config key 'objective.aggregation': 'fixed_length' is none of"),
+    ({'name': 'grpo', 'num_generations': 1}, "config key 'objective.num_generations': a group of one"),
+    ({'name': 'grpo', 'num_iterations': 0}, "config key 'objective.num_iterations'"),
+    ({'name': 'grpo', 'epsilon': 'x'}, "config key 'objective.epsilon': 'x' is not of type float"),
+    ({'name': 'grpo', 'epsilon': float('nan')}, "config key 'objective.epsilon': nan is not finite"),
+    ({'name': 'grpo', 'kl_estimator': 'k1'}, "config key 'objective.kl_estimator'"),
+  ],
+)
+def test_make_objective_refuses(objective, wanted):
+  """Failure: a misspelt or impossible key of an objective is a traceback or is ignored."""
+  assert wanted in refusal(lambda: build.make_objective(config.resolve({'objective': objective})))
+
+
+def test_make_objective():
+  """Failure: an objective misses what it reads of other sections, or what was set."""
+  chosen = config.resolve(
+    config.merge(GRPO, {'objective': {'epsilon_high': 1}, 'rewards': {'functions': ('format', 'accuracy')}})
+  )
+  given = Given(('format', 'accuracy'), (1.0, 1.0), 16)
+  assert build.make_objective(chosen) == Grpo(given, num_generations=4, epsilon_high=1.0)
+  assert build.make_objective(config.resolve(SFT)) == Sft()
+
+
+def test_resolve_fills_in():
+  """Failure: config.json does not say what a run was made of."""
+  resolved, objective, arch = resolve(config.override(GRPO, 'model.arch.rope_theta', 500))
+  assert arch == dataclasses.replace(PRESETS['tiny'], rope_theta=500.0)
+  assert resolved.model.arch == dataclasses.asdict(arch) and resolved.roles.policy.tokenizer == 'bytes'
+  assert resolved.objective == {k: v for k, v in dataclasses.asdict(objective).items() if k != 'given'}
+  assert build.resolve(resolved, set())[0] == resolved
+
+
+@pytest.mark.parametrize(
+  'settings, wanted',
+  [
+    ({'model': {'preset': 'tinny'}}, "config key 'model.preset': 'tinny' is none of tiny, "),
+    ({'model': {'arch': {'hidden_dim': 3}}}, "config key 'model.arch.hidden_dim' is unknown"),
+    ({'model': {'arch': {'hidden_size': 3.5}}}, "config key 'model.arch.hidden_size': 3.5 is not of type int"),
+    ({'model': {'arch': {'head_dim': 3}}}, 'head_dim: 3 must be even'),
+    ({'model': {'arch': {'num_key_value_heads': 3}}}, 'num_attention_heads: 4 is not a multiple'),
+    ({'roles': {'policy': {'init': 'tests/fixtures/qwen2'}}, 'model': {'arch': {'qkv_bias': False}}},
+     "config key 'model.arch.qkv_bias': False, but tests/fixtures/qwen2 has True"),
+    ({'roles': {'policy': {'init': 'tests/fixtures/qwen2'}}, 'model': {'arch': {'hidden': 3}}}, "'model.arch.hidden' is unknown"),
+    ({'roles': {'policy': {'init': '/no/such'}}}, "config key 'roles.policy.init': '/no/such' does not exist"),
+    ({'roles': {'policy': {'template': 'r1zero'}}}, "config key 'roles.policy.template': 'r1zero' is none of plain, r1_zero, chat"),
+  ],
+)  # fmt: skip
+def test_resolve_refuses(settings, wanted):
+  """Failure: an architecture or prompt that cannot be, or contradicts the weights, is built."""
+  assert wanted in refusal(resolve, config.merge(SFT, settings))
+
+
+def test_arch_of_weights():
+  """Failure: keys that agree with the weights are refused, or the default preset leaks into them."""
+  init = {'roles': {'policy': {'init': 'tests/fixtures/qwen2', 'tokenizer': 'bytes'}}}
+  found = resolve(config.merge(SFT, init))[2]
+  assert found.qkv_bias and found != PRESETS['tiny']
+  same = config.merge(init, {'model': {'arch': {k: v for k, v in dataclasses.asdict(found).items() if k.startswith('num_')}}})
+  assert resolve(config.merge(SFT, same))[2] == found
+
+
+@pytest.mark.parametrize(
+  'text', ['', '[]', '{}', '{"model": 3}', '{"model": {"arch": {"vocab_size": 3}}}', '\x00', '{"model": {"arch": {}}']
+)
+def test_init_from_a_damaged_run(text, tmp_path):
+  """Failure: a run's folder with a broken config.json ends in a traceback."""
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'config.json').write_text(text)
+  assert refusal(resolve, config.override(SFT, 'roles.policy.init', str(tmp_path)))
+
+
+MESH = functools.partial(sharding.make_mesh, data=4, fsdp=2, tensor=1)
+
+
+@pytest.mark.parametrize(
+  'settings, key, numbers',
+  [
+    ({'data': {'batch_size': 12}}, 'data.batch_size', (12, 8)),
+    ({'eval': {**EVAL, 'batch_size': 12}}, 'eval.batch_size', (12, 8)),
+    ({'objective': {'num_minibatches': 3}}, 'objective.num_minibatches', (32, 3)),
+    ({'objective': {'num_minibatches': 8}}, 'objective.num_minibatches', (4, 8)),
+    ({'optim': {'micro_batch': 64}}, 'optim.micro_batch', (64, 32)),
+    ({'optim': {'micro_batch': 24}}, 'optim.micro_batch', (32, 24)),
+    ({'optim': {'micro_batch': 4}}, 'optim.micro_batch', (4, 8)),
+    ({'optim': {'micro_batch': 32}, 'objective': {'num_minibatches': 2}}, 'optim.micro_batch', (32, 16)),
+  ],
+)
+def test_sizes_that_do_not_divide(settings, key, numbers):
+  """Failure: a batch that does not divide reaches the mesh, or key and numbers are not told."""
+  chosen = config.resolve(config.merge(GRPO, settings))
+  text = refusal(build.check_sizes, chosen, build.make_objective(chosen), MESH())
+  assert text.startswith(f'config key {key!r}: ') and all(str(n) in text for n in numbers)
+
+
+def test_sizes_that_divide():
+  """Failure: a good split is refused."""
+  for settings in ({}, {'optim': {'micro_batch': 32}}, {'optim': {'micro_batch': 8}}, {'objective': {'num_minibatches': 4}},
+                   {'objective': {'num_minibatches': 2}, 'optim': {'micro_batch': 8}}, {'eval': {'batch_size': 5}}):  # fmt: skip
+    chosen = config.resolve(config.merge(GRPO, settings))
+    build.check_sizes(chosen, build.make_objective(chosen), MESH())
+
+
+@pytest.mark.parametrize(
+  'settings, wanted',
+  [
+    ({'mesh': {'data': 3}}, "'data': 3"),
+    ({'mesh': {'fsdp': -1}}, 'at most one is -1'),
+    ({'mesh': {'tensor': 0}}, "'tensor': 0"),
+    ({'mesh': {'tensor': 8}}, 'of size 4 does not divide over 8'),
+    ({'mesh': {'fsdp': 4}, 'model': {'arch': {'hidden_size': 66}}}, "axis 'embed' of size 66 does not divide over 4"),
+    ({'model': {'arch': {'vocab_size': 256}}}, "the tokenizer 'bytes' has 264 ids, the model 256 embeddings"),
+    ({'optim': {'name': 'adamm'}}, "config key 'optim.name': optax has no optimizer 'adamm'"),
+    ({'optim': {'name': 'lbfgs'}}, 'optax.lbfgs with {} makes no update'),
+    ({'optim': {'options': {'mask': True}}}, "config key 'optim.options.mask' is unknown"),
+    ({'roles': {'policy': {'tokenizer': 'tests/fixtures'}}}, "config key 'roles.policy.tokenizer': 'tests/fixtures'"),
+  ],
+)
+def test_build_refuses(settings, wanted):
+  """Failure: what the mesh, the weights, the tokenizer or the optimizer cannot be is found by a traceback, later."""
+  merged = config.merge(SFT, settings)
+  assert wanted in refusal(build.build, config.resolve(merged), set(config.flatten(merged)))
+
+
+def test_configs():
+  """Failure: a config of this repository sets a key that does not exist or cannot act."""
+  stages = config.read_file('configs/demo.py')['stages']
+  stages['rl'] = config.override(stages['rl'], 'roles.policy.init', '')
+  gsm8k = [config.read_file(f'configs/grpo_gsm8k.py:stage={stage}') for stage in ('sft', 'rl')]
+  tiny = [config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo')]
+  for settings in (*stages.values(), *gsm8k, *tiny):
+    resolved, _, _ = resolve(settings)
+    evaluate.make_evaluators(resolved.eval.evaluators)
+
+
+def test_batch_sizes():
+  """Failure: --explain counts prompts, completions, updates or tokens wrongly."""
+  settings = config.merge(GRPO, {'objective': {'num_iterations': 3, 'num_minibatches': 2}, 'optim': {'micro_batch': 8}})
+  resolved, objective, _ = resolve(settings)
+  assert build.batch_sizes(resolved, objective) == {
+    'prompts_per_step': 8, 'completions_per_step': 32, 'updates_per_step': 6, 'completions_per_update': 16,
+    'completions_per_micro_batch': 8, 'max_tokens_per_step': 32 * (32 + 16),
+  }  # fmt: skip
+  resolved, objective, _ = resolve(SFT)
+  assert build.batch_sizes(resolved, objective) == {
+    'prompts_per_step': 16, 'completions_per_step': 16, 'updates_per_step': 1, 'completions_per_update': 16,
+    'completions_per_micro_batch': 16, 'max_tokens_per_step': 16 * 64,
+  }  # fmt: skip
+
+
+def test_explain():
+  """Failure: sweeps and launchers are told another config, hash, size or list of dead keys than a run would have."""
+  resolved, objective, arch = resolve(GRPO)
+  got = build.explain(config.resolve(GRPO), set(config.flatten(GRPO)), 8)
+  sizes = [np.prod(w.shape) for w in jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)]
+  assert got == {
+    'config': config.to_dict(resolved), 'hash': config.digest(config.to_dict(resolved)), 'devices': 8, 'parameters': sum(sizes),
+    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective),
+  }  # fmt: skip
+  assert {'objective.kl_estimator', 'data.max_length', 'eval.size', 'roles.ref.init'} <= got['inert_defaults'].keys()
+  text = metrics.explanation(got)
+  assert got['hash'] in text and 'completions_per_step: 32' in text and 'eval.size: eval.every is 0' in text
+  assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
