@@ -116,8 +116,8 @@ def inert(config: Config, objective) -> dict[str, str]:
     drop('rollout.temperature', 'evaluators name their own temperature, and the objective samples nothing')
     for key in ('top_k', 'top_p', 'min_p'):
       drop(f'rollout.{key}', 'evaluators name their own truncation, and the objective samples nothing')
-  if not rl:
-    drop('rewards', 'the objective reads no rewards')  # evaluators judge by accuracy and format, whatever the rewards
+  if not rl and not evaluates:
+    drop('rewards', 'the objective reads no rewards, and nothing is evaluated')
   if rl and 'data' not in objective.sources:
     drop(
       'data.max_length',
@@ -194,8 +194,8 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
           'distribution than it was sampled from (use them in an evaluator)')  # fmt: skip
     check(config.rollout.temperature > 0, "config key 'rollout.temperature': 0 is greedy, which explores nothing")
     check(bool(config.rewards.functions), "config key 'rewards.functions': empty, nothing would be learned")
-    for name in config.rewards.functions:
-      rewards.resolve(name)
+  for name in config.rewards.functions:
+    rewards.resolve(name)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
   policy = dataclasses.replace(config.roles.policy, tokenizer=resolve_tokenizer(config.roles.policy))
   config = dataclasses.replace(

@@ -54,7 +54,7 @@ def from_policy(run: Run, state: TrainState, rows: list[dict], key: jax.Array, t
     ids = [rolled.tokens_NC[n, : rolled.length_N[n]].tolist() for n in range(len(rolled.length_N))]
     texts = [tok.decode(i) for i in ids]
     asked = [render_prompt(row['prompt'], config.roles.policy.template, tok) for row in rows for _ in range(group)]
-    columns = {k: [row.get(k) for row in rows for _ in range(group)] for k in rows[0] if k != 'prompt'}
+    columns = {k: [row.get(k) for row in rows for _ in range(group)] for k in set().union(*rows) - {'prompt'}}
     names = config.rewards.functions
     values, has, _ = rewards.score(names, config.rewards.on_error, asked, texts, ids, columns)
   batch = batch.replace(rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32))

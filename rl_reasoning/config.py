@@ -85,7 +85,7 @@ class Optim:
   name: str = 'adamw'  # getattr(optax, name)
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its keyword arguments: b1, b2, weight_decay, ...
   learning_rate: float = 1e-4  # the peak
-  schedule: str = 'constant'  # constant | linear | cosine, after the warm-up, to zero at the last update
+  schedule: str = 'constant'  # constant | linear | cosine, after the warm-up, to zero one update after the last
   warmup_updates: int = 0
   grad_clip: float = 1.0  # global norm; 0: off
   micro_batch: int = 0  # rows a micro-batch over all devices; 0: the whole batch at once

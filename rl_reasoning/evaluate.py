@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from rl_reasoning import data, rollout
+from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
 from rl_reasoning.config import Rollout, check, from_mapping
-from rl_reasoning.rewards import REWARDS
+from rl_reasoning.rewards import REWARDS, score
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tokenizer import render_prompt
 
@@ -61,27 +62,34 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
   return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else float('nan')
 
 
+def encode_problems(run: Run, rows: Sequence[dict], name: str, evaluator: Evaluator) -> tuple[list[str], list[list[int]]]:
+  """(prompts, their token ids), the prefix appended. Raises ConfigError for one beyond data.max_prompt_length."""
+  tok, limit = run.tokenizer, run.config.data.max_prompt_length
+  texts = [render_prompt(row['prompt'], run.config.roles.policy.template, tok) + evaluator.prefix for row in rows]
+  prompts = [tok.encode(text) for text in texts]
+  for row, ids in zip(rows, prompts, strict=True):
+    check(len(ids) <= limit, f"config key 'data.max_prompt_length': {limit}, but eval.evaluators.{name} has a prompt of {len(ids)} tokens: "
+          f'{data.excerpt(row["prompt"])}')  # fmt: skip
+  return texts, prompts
+
+
 def evaluate(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator
 ) -> tuple[dict[str, float], list[dict]]:
   """(metrics, samples). Accuracy is whether the answer is right whatever the format; strict accuracy asks for the format too.
 
-  Both are over the `problems` that have a gold answer; format, length and truncated are over all completions. Tokens are a function of
-  (eval.seed, problem, member): an evaluation repeats exactly. Raises ConfigError for a prompt beyond data.max_prompt_length, the prefix
-  counted.
+  Both are over the `problems` that have a gold answer; format, length and truncated are over all completions, reward (the weighted sum of
+  the config's reward functions) over the problems with a verdict on each completion. Tokens are a function of (eval.seed, problem,
+  member): an evaluation repeats exactly. Raises ConfigError as `encode_problems` does.
   """
   config, tok, n = run.config, run.tokenizer, evaluator.num_samples
-  template, batch_size = config.roles.policy.template, config.eval.batch_size
+  batch_size = config.eval.batch_size
   settings = Rollout(
     max_completion_length=evaluator.max_completion_length or config.rollout.max_completion_length,
     temperature=evaluator.temperature, top_k=evaluator.top_k, top_p=evaluator.top_p, min_p=evaluator.min_p,
     chunk=config.rollout.chunk,
   )  # fmt: skip
-  texts = [render_prompt(row['prompt'], template, tok) + evaluator.prefix for row in rows]
-  prompts, limit = [tok.encode(text) for text in texts], config.data.max_prompt_length
-  for row, ids in zip(rows, prompts, strict=True):
-    check(len(ids) <= limit, f"config key 'data.max_prompt_length': {limit}, but eval.evaluators.{name} has a prompt of {len(ids)} tokens: "
-          f'{data.excerpt(row["prompt"])}')  # fmt: skip
+  texts, prompts = encode_problems(run, rows, name, evaluator)
   samples: list[dict] = []
   for start in range(0, len(rows), batch_size):
     ids = list(range(start, min(start + batch_size, len(rows))))
@@ -96,15 +104,13 @@ def evaluate(
         'problem': ids[row // n],
         'prompt': texts[ids[row // n]],
         'completion': tok.decode(tokens),
+        'completion_ids': tokens,
         'length': len(tokens),
         'truncated': bool(rolled.truncated_N[row]),
       })  # fmt: skip
-  arguments = {
-    'prompts': [s['prompt'] for s in samples],
-    'completions': [s['completion'] for s in samples],
-    'completion_ids': [None] * len(samples),
-    **{k: [rows[s['problem']].get(k) for s in samples] for k in set().union(*rows) - {'prompt'}},
-  }
+  asked, completions, ids = ([s[key] for s in samples] for key in ('prompt', 'completion', 'completion_ids'))
+  columns = {k: [rows[s['problem']].get(k) for s in samples] for k in set().union(*rows) - {'prompt'}}
+  arguments = {'prompts': asked, 'completions': completions, 'completion_ids': ids, **columns}
   accuracy = REWARDS['accuracy_flexible'](**arguments)
   form = np.asarray(REWARDS['format'](**arguments), np.float64)
   judged = [a is not None for a in accuracy]
@@ -121,6 +127,12 @@ def evaluate(
   result['accuracy'], result['accuracy_stderr'] = mean_and_error(per_problem.mean(axis=1))
   result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error(strict.mean(axis=1))
   result['format'] = float(form.mean())
+  functions = config.rewards.functions
+  values, has, _ = score(functions, config.rewards.on_error, asked, completions, ids, columns)
+  paid = combine_rewards(values, has, config.rewards.weights or (1.0,) * len(functions), n)
+  reward, verdict = (np.asarray(x).reshape(-1, n) for x in paid)
+  if (whole := verdict.all(axis=1)).any():
+    result['reward'], result['reward_stderr'] = mean_and_error(reward[whole].mean(axis=1))
   result['length'] = float(np.mean([s['length'] for s in samples]))
   result['truncated'] = float(np.mean([s['truncated'] for s in samples]))
   for k in (2**i for i in range(1, n.bit_length()) if 2**i <= n):

@@ -11,7 +11,6 @@ if __name__ == '__main__':
 
   environment.restart_with_huge_pages('rl_reasoning.pipeline')
 
-import errno
 import json
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from rl_reasoning import config as config_lib, environment, metrics, train
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning.config import check
 
 
 def fill(value: Any, workdir: str) -> Any:
@@ -49,34 +48,25 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
   return result
 
 
-def main(argv: list[str]) -> int:
+def command(argv: list[str]) -> None:
   flags: dict[str, str] = {name: value for name, _, value in (a.removeprefix('--').partition('=') for a in argv)}
-  try:
-    unknown = set(flags) - {'config', 'workdir', 'overwrite'}
-    check(not unknown, f'flags {sorted(unknown)} are unknown')
-    check(bool(flags.get('config')) and bool(flags.get('workdir')), '--config=FILE.py and --workdir=DIR are needed')
-    environment.cache_compilations()
-    settings = config_lib.read_file(flags['config'])
-    check(set(settings) == {'stages'}, f"{flags['config']}: a pipeline config has the one key 'stages'")
-    result = run_pipeline(settings['stages'], flags['workdir'], 'overwrite' in flags)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except train.Diverged as error:
-    print(f'diverged: {error}', file=sys.stderr)
-    return 3
-  except OSError as error:
-    if error.errno != errno.ENOSPC:
-      raise
-    print(f'error: {error} (workdir {flags["workdir"]}); make room, and the same command goes on', file=sys.stderr)
-    return 2
+  unknown = set(flags) - {'config', 'workdir', 'overwrite'}
+  check(not unknown, f'flags {sorted(unknown)} are unknown')
+  check(bool(flags.get('config')) and bool(flags.get('workdir')), '--config=FILE.py and --workdir=DIR are needed')
+  environment.cache_compilations()
+  settings = config_lib.read_file(flags['config'])
+  check(set(settings) == {'stages'}, f"{flags['config']}: a pipeline config has the one key 'stages'")
+  result = run_pipeline(settings['stages'], flags['workdir'], 'overwrite' in flags)
   rows = []
   for stage, entry in result.items():
     if stage != 'final':
       rows += [[stage, *row[1:]] for row in train.evaluation_rows([{'step': 0, 'evaluators': entry['evaluators']}])]
   metrics.summary_table(flags['workdir'], ('stage', *train.EVALUATION_COLUMNS[1:]), rows)
   print(f'curves: {flags["workdir"]}/*/curves.png, samples: {flags["workdir"]}/*/completions/')
-  return 0
+
+
+def main(argv: list[str]) -> int:
+  return train.exit_code(command, argv)
 
 
 if __name__ == '__main__':

@@ -80,10 +80,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def size_class(length: int) -> int:
-  """The padded length for `length`: 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... Few shapes to compile, little padding: up to
+  """The padded length for `length`: 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... Few shapes to compile, little padding: up to
   a third of a short row, a fifth of one over 128."""
   octave = 16
   while octave * 2 < length:
     octave *= 2
-  parts = 1 if octave < 32 else 2 if octave < 128 else 4
+  parts = 2 if octave < 128 else 4
   return max(16, -(-length * parts // octave) * octave // parts)

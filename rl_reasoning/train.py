@@ -10,10 +10,13 @@ if __name__ == '__main__':
 
   environment.restart_with_huge_pages('rl_reasoning.train')
 
+import contextlib
+import errno
 import json
 import math
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +89,55 @@ def sync_moving(run: build.Run, before: int, state: TrainState) -> TrainState:
   return state.replace(moving={'ref': jax.tree.map(lambda x: x.copy(), state.params['policy'])})
 
 
+def loop(
+  run: build.Run, source: data.Source, problems: Sequence[dict], state: TrainState, manager, writer: metrics.Writer
+) -> TrainState:
+  """From `state` to the last step: collect, score, prepare, update, and what is told of it."""
+  config, root = run.config, jax.random.key(run.config.seed)
+
+  def last_or_every(step: int, every: int) -> bool:
+    return bool(every) and (step % every == 0 or step == config.total_steps)
+
+  def run_evaluators():
+    if problems:
+      writer.evaluation(state.step, evaluate.evaluate_all(run, state.params['policy'], problems))
+
+  if state.step == 0 and config.eval.at_start:
+    run_evaluators()
+  while state.step < config.total_steps:
+    timer, start = metrics.PhaseTimer(), time.perf_counter()
+    step, updates = state.step + 1, int(state.updates)
+    key = jax.random.fold_in(root, step)  # nothing random outlives a step
+    got = collect(run, source, state, key, timer)
+    with timer('score'):
+      batch, aux, gathered = run.steps.prepare(state, run.steps.score(state, got.batch))
+    state = state.replace(aux=aux)
+    with timer('update') as phase:
+      for rows in run.steps.minibatches(batch, key):
+        state, more = run.steps.update(state, rows)
+        gathered = metrics.merge(gathered, more)
+      jax.block_until_ready(state.params)
+      phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
+    values = metrics.summarise(gathered)
+    for name in ('loss', 'grad_norm'):
+      if not math.isfinite(values[name]):
+        last = checkpoint.latest_step(manager)
+        raise Diverged(f'{name} is {values[name]} at step {step}; the last good checkpoint is that of step {last}')
+    state = state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered))
+    state = sync_moving(run, updates, state)
+    if last_or_every(step, config.log_every):
+      values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
+      writer.write(step, values)
+      if got.samples:
+        advantage = jax.device_get(batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1))
+        writer.completions(step, [{**s, 'advantage': float(a)} for s, a in zip(got.samples, advantage, strict=True)])
+    if last_or_every(step, config.eval.every):
+      run_evaluators()
+    if last_or_every(step, config.checkpoint.every):
+      checkpoint.save(manager, state)
+  return state
+
+
 def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
   """Trains or resumes to config.total_steps; returns the summary that it also writes. Raises ConfigError or Diverged."""
   began, root_dir = time.time(), epath.Path(workdir)
@@ -97,6 +149,8 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     problems = evaluate.test_problems(run) if evaluators else []
     if overwrite or not (root_dir / 'config.json').exists():
       check_rows(run, source)
+      for name, evaluator in evaluators.items():
+        evaluate.encode_problems(run, problems, name, evaluator)
     state = run.init()
     open_workdir(root_dir, config, overwrite)
     finished = root_dir / 'summary.json'
@@ -105,50 +159,8 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     check_frozen(root_dir, state)
     manager = checkpoint.open_manager(workdir, config.checkpoint)
     state = checkpoint.restore(manager, state) or state
-    root = jax.random.key(config.seed)
-    writer = metrics.Writer(workdir, config.total_steps, state.step)
-
-    def run_evaluators(step: int):
-      if not evaluators:
-        return
-      with timer('evaluate'):
-        writer.evaluation(step, evaluate.evaluate_all(run, state.params['policy'], problems))
-
-    timer = metrics.PhaseTimer()
-    if state.step == 0 and config.eval.at_start:
-      run_evaluators(0)
-    while state.step < config.total_steps:
-      timer, start = metrics.PhaseTimer(), time.perf_counter()
-      key = jax.random.fold_in(root, state.step + 1)  # nothing random outlives a step
-      got = collect(run, source, state, key, timer)
-      step, updates = state.step + 1, int(state.updates)
-      with timer('score'):
-        batch, aux, gathered = run.steps.prepare(state, run.steps.score(state, got.batch))
-      state = state.replace(aux=aux)
-      with timer('update') as phase:
-        for rows in run.steps.minibatches(batch, key):
-          state, more = run.steps.update(state, rows)
-          gathered = metrics.merge(gathered, more)
-        jax.block_until_ready(state.params)
-        phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
-      values = metrics.summarise(gathered)
-      for name in ('loss', 'grad_norm'):
-        if not math.isfinite(values[name]):
-          writer.close()
-          last = checkpoint.latest_step(manager)
-          raise Diverged(f'{name} is {values[name]} at step {step}; the last good checkpoint is that of step {last}')
-      state = sync_moving(run, updates, state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered)))
-      if step % config.log_every == 0 or step == config.total_steps:
-        values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
-        writer.write(step, values)
-        if got.samples:
-          advantage = jax.device_get(batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1))
-          writer.completions(step, [{**s, 'advantage': float(a)} for s, a in zip(got.samples, advantage, strict=True)])
-      if config.eval.every and (step % config.eval.every == 0 or step == config.total_steps):
-        run_evaluators(step)
-      if step % config.checkpoint.every == 0 or step == config.total_steps:
-        checkpoint.save(manager, state)
-    writer.close()
+    with contextlib.closing(metrics.Writer(workdir, config.total_steps, state.step)) as writer:
+      state = loop(run, source, problems, state, manager, writer)
   summary = {
     'steps': state.step, 'updates': int(state.updates), 'config_hash': config_lib.digest(config_lib.to_dict(config)),
     'seed': config.seed, 'wall_s': round(time.time() - began, 1), 'evaluations': metrics.read_jsonl(root_dir / 'eval.jsonl'),
@@ -160,18 +172,22 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
 
 def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
   """One row of the table per (step, evaluator)."""
+
+  def number(m: dict, key: str, digits: int = 3) -> str:  # the error of one problem, or the reward of none, is None
+    return f'{m[key]:.{digits}f}' if m.get(key) is not None else ''
+
   rows = []
   for entry in evaluations:
     for name, m in entry['evaluators'].items():
-      best = max((k for k in m if k.startswith('pass@') and not k.endswith('stderr')), key=lambda k: int(k[5:]), default=None)
+      best = max((k for k in m if k.startswith('pass@') and not k.endswith('stderr')), key=lambda k: int(k[5:]), default='')
       rows.append([
-        str(entry['step']), name, f'{m["accuracy"]:.3f} ± {m["accuracy_stderr"]:.3f}', f'{m["strict_accuracy"]:.3f}', f'{m["format"]:.3f}',
-        f'{best} {m[best]:.3f}' if best else '', f'{m["length"]:.1f}', f'{m["truncated"]:.3f}',
+        str(entry['step']), name, f'{number(m, "accuracy")} ± {number(m, "accuracy_stderr")}', number(m, 'strict_accuracy'),
+        number(m, 'format'), number(m, 'reward'), f'{best} {number(m, best)}'.strip(), number(m, 'length', 1), number(m, 'truncated'),
       ])  # fmt: skip
   return rows
 
 
-EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'pass@k', 'length', 'truncated')
+EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'reward', 'pass@k', 'length', 'truncated')
 
 
 def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
@@ -196,27 +212,41 @@ def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
   return config_lib.resolve(settings), set(config_lib.flatten(settings)), flags
 
 
-def main(argv: list[str]) -> int:
+def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
+  """Runs a command line: what is the user's to mend is one line on stderr, not a traceback."""
   try:
-    config, keys_set, flags = parse(argv)
-    if 'explain' in flags:
-      explained = build.explain(config, keys_set, jax.device_count())
-      print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
-      return 0
-    check(bool(flags.get('workdir')), '--workdir=DIR is missing')
-    environment.cache_compilations()
-    summary = train(config, flags['workdir'], keys_set=keys_set, overwrite='overwrite' in flags)
+    command(argv)
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except Diverged as error:
     print(f'diverged: {error}', file=sys.stderr)
     return 3
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(f'error: {error}; make room, and the same command goes on', file=sys.stderr)
+    return 2
+  return 0
+
+
+def command(argv: list[str]) -> None:
+  config, keys_set, flags = parse(argv)
+  if 'explain' in flags:
+    explained = build.explain(config, keys_set, jax.device_count())
+    print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
+    return
+  check(bool(flags.get('workdir')), '--workdir=DIR is missing')
+  environment.cache_compilations()
+  summary = train(config, flags['workdir'], keys_set=keys_set, overwrite='overwrite' in flags)
   rows = evaluation_rows(summary['evaluations'])
   if rows:
     metrics.summary_table(flags['workdir'], EVALUATION_COLUMNS, rows)
   print(f'{summary["steps"]} steps done; curves: {flags["workdir"]}/curves.png, samples: {flags["workdir"]}/completions/')
-  return 0
+
+
+def main(argv: list[str]) -> int:
+  return exit_code(command, argv)
 
 
 if __name__ == '__main__':
