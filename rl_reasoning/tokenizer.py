@@ -5,6 +5,7 @@ A tokenizer here is anything with `encode`, `decode`, `end_id`, `end_ids`, `pad_
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,7 @@ class HFTokenizer:
   """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config."""
 
   def __init__(self, path: str):
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it advises PyTorch, which nothing here needs
     import transformers
 
     if path.endswith('.gguf'):
