@@ -17,7 +17,6 @@ def get_config(
 ) -> dict:
   task = {'operands': 4, 'low': 3, 'high': 9}
   evaluation = {
-    'at_start': False,
     'size': 1000,
     'batch_size': 250,
     'seed': eval_seed,
@@ -47,7 +46,7 @@ def get_config(
     },
     'objective': {'name': 'sft'},
     'optim': {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_updates': 20},
-    'eval': {'every': sft_steps, **evaluation},
+    'eval': {'every': sft_steps, 'at_start': False, **evaluation},
     'checkpoint': {'every': 200},
   }
   more = {**base, 'roles': {'policy': {'init': '{workdir}/base'}}, 'seed': seed + 1000}  # other rows first, the same author
@@ -60,7 +59,7 @@ def get_config(
     'data': {'task': 'arithmetic', 'train_size': 20_000, 'options': task, 'batch_size': 32, 'max_prompt_length': 16},
     'objective': {'name': 'grpo', 'aggregation': 'token_mean'},
     'optim': {'learning_rate': 3e-4, 'warmup_updates': 10},
-    'eval': {'every': rl_steps, **evaluation},
+    'eval': {'every': 50, **evaluation},
     'checkpoint': {'every': 50},
   }
   return {'stages': {'base': base, **({'control': more} if control else {}), 'rl': rl}}

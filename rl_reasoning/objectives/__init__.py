@@ -1,10 +1,11 @@
 """OBJECTIVES: every setting that `objective.name` may pick. An objective is a frozen dataclass whose fields are its config keys.
 
-What train_step and collect ask of it (see design in the README):
+What the other modules ask of it:
   trainable, frozen, moving   roles with gradients / only read / read and synchronised
   rows_together               rows that no split may separate
   sources                     rows per prompt from 'rollout' and from 'data'
-  num_updates                 optimizer updates a step
+  num_iterations, num_minibatches   passes over a step's rows, and updates a pass
+  aggregation                 how token losses are weighed, see advantages.weigh
   init_aux() -> aux
   score(nets, params, frozen, rows) -> rows
   prepare(aux, batch) -> batch, aux, metrics
