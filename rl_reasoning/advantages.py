@@ -37,14 +37,22 @@ def weigh(mask_NT: Array, segment_NT: Array, source_N: Array, aggregation: str, 
   return weight
 
 
-def combine_rewards(rewards_NR: Array, has_NR: Array, weights: tuple[float, ...], group: int) -> tuple[Array, Array]:
+def applicable(has_NR: Array, failed_NR: Array, group: int) -> Array:
+  """bool [B, 1, R]: whether a function speaks of a group, if only by failing."""
+  spoke = (has_NR > 0) | (failed_NR > 0)
+  return jnp.any(spoke.reshape(-1, group, spoke.shape[-1]), axis=1, keepdims=True)
+
+
+def combine_rewards(
+  rewards_NR: Array, has_NR: Array, failed_NR: Array, weights: tuple[float, ...], group: int
+) -> tuple[Array, Array]:
   """(reward_N, has_reward_N): the weighted sum of the reward functions.
 
   A function without a verdict on a whole group does not apply there and drops out of that group's sum; one without a verdict on some
-  rows of a group takes those rows out, and so does a group to which no function applies.
+  rows of a group, or that failed, takes those rows out, and so does a group to which no function applies.
   """
   has = has_NR.reshape(-1, group, has_NR.shape[-1]) > 0
-  applies = jnp.any(has, axis=1, keepdims=True)
+  applies = applicable(has_NR, failed_NR, group)
   ok = jnp.all(has | ~applies, axis=-1) & jnp.any(applies, axis=-1)
   total = jnp.sum(jnp.where(has_NR > 0, rewards_NR, 0.0) * jnp.asarray(weights, jnp.float32), axis=-1)
   ok = ok.reshape(-1)

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rl_reasoning import checkpoint, model, optim, rewards, sharding, tokenizer, train_step, weights
-from rl_reasoning.config import Config, ConfigError, Role, check, digest, flatten, from_mapping, plain
+from rl_reasoning.config import Config, ConfigError, Role, check, differences, digest, flatten, from_mapping, plain
 from rl_reasoning.model import Arch, Net
 from rl_reasoning.objectives import OBJECTIVES
 from rl_reasoning.objectives.grpo import Given
@@ -50,6 +51,10 @@ def run_config(path: str, *keys: str) -> Any:
   return value
 
 
+def read_arch(source: str) -> Arch:
+  return from_mapping(Arch, run_config(source, 'model', 'arch')) if is_run(source) else weights.read_arch(source)
+
+
 def resolve_arch(config: Config) -> Arch:
   """The architecture: that of roles.policy.init where it names weights, else the preset with `model.arch` over it.
 
@@ -60,7 +65,7 @@ def resolve_arch(config: Config) -> Arch:
   if not source:
     return from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
-  arch = from_mapping(Arch, run_config(source, 'model', 'arch')) if is_run(source) else weights.read_arch(source)
+  arch = read_arch(source)
   wanted = from_mapping(Arch, {**dataclasses.asdict(arch), **config.model.arch}, 'model.arch.')
   for key in sorted(config.model.arch):
     ours, theirs = getattr(wanted, key), getattr(arch, key)
@@ -76,12 +81,25 @@ def resolve_tokenizer(role: Role) -> str:
   return run_config(role.init, 'roles', 'policy', 'tokenizer') if is_run(role.init) else role.init
 
 
+def resolve_template(role: Role) -> str:
+  if role.template:
+    return role.template
+  return run_config(role.init, 'roles', 'policy', 'template') if is_run(role.init) else 'plain'
+
+
+def check_reference(source: str, arch: Arch) -> None:
+  """The reference is run by the policy's own forward function, so it must be of the same architecture."""
+  check(pathlib.Path(source).exists(), f"config key 'roles.ref.init': {source!r} does not exist")
+  other = differences(dataclasses.asdict(arch), dataclasses.asdict(read_arch(source)))
+  check(not other, f"config key 'roles.ref.init': {source} is of another architecture than the policy: {'; '.join(other)}")
+
+
 def load_tokenizer(role: Role) -> tokenizer.Tokenizer:
   """Raises ConfigError for one that cannot be read, or that has no chat template where the role asks for one."""
   try:
     tok = tokenizer.load(role.tokenizer)
     tokenizer.render_prompt('', role.template, tok)
-  except (OSError, ValueError) as error:  # transformers tells of a missing file or template by these
+  except Exception as error:  # a missing file, a damaged one, a template that fails: transformers raises all kinds
     raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {' '.join(str(error).split())[:600]}") from error
   return tok
 
@@ -95,7 +113,7 @@ def make_objective(config: Config):
   given = {}
   if 'given' in {f.name for f in dataclasses.fields(cls)}:
     names = config.rewards.functions
-    given['given'] = Given(names, config.rewards.weights or (1.0,) * len(names), config.rollout.max_completion_length)
+    given['given'] = Given(names, config.rewards.weights or (1.0,) * len(names))
   return from_mapping(cls, settings, 'objective.', **given)
 
 
@@ -184,7 +202,6 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
   """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act."""
   objective = make_objective(config)
   arch = resolve_arch(config)
-  tokenizer.check_template(config.roles.policy.template)
   dead = inert(config, objective)
   refused = [f'{key!r}: {dead[key]}' for key in sorted(keys_set) if key in dead]
   check(not refused, 'config keys that cannot act here:\n  ' + '\n  '.join(refused))
@@ -197,7 +214,11 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
   for name in config.rewards.functions:
     rewards.resolve(name)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
-  policy = dataclasses.replace(config.roles.policy, tokenizer=resolve_tokenizer(config.roles.policy))
+  policy = config.roles.policy
+  policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
+  tokenizer.check_template(policy.template)
+  if config.roles.ref.init and {'ref'} & {*objective.frozen, *objective.moving}:
+    check_reference(config.roles.ref.init, arch)
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)),
@@ -224,11 +245,34 @@ def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
   return jax.tree_util.tree_map_with_path(place, model.weight_table(arch), is_leaf=model.is_weight)
 
 
+def make_mesh(config: Config) -> Mesh:
+  try:
+    return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+
+
+def check_config(config: Config, keys_set: set[str], earlier: Sequence[str] = ()) -> None:
+  """Raises ConfigError for what can be told wrong of a run before it begins. `earlier` runs need not exist yet: what depends on their
+  weights is then not checked."""
+  roles = config.roles
+  later = {
+    role: '' for role in ('policy', 'ref') if getattr(roles, role).init in earlier and not is_run(getattr(roles, role).init)
+  }
+  if later:
+    replaced = {role: dataclasses.replace(getattr(roles, role), init='') for role in later}
+    config = dataclasses.replace(config, roles=dataclasses.replace(roles, **replaced))
+    keys_set = {key for key in keys_set if not key.startswith(('model.', 'roles.'))}
+  config, objective, _ = resolve(config, keys_set)
+  check_sizes(config, objective, make_mesh(config))
+  optim.make(config.optim, 1)
+
+
 def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
+  mesh = make_mesh(config)
   try:
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     shardings = param_shardings(mesh, arch)
   except ValueError as error:
     raise ConfigError(str(error)) from None
@@ -279,7 +323,12 @@ def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree
 
   state = jax.eval_shape(optimizer.init, shapes)
   return optax.tree_map_params(
-    optimizer, lambda _, s: s, state, shardings, transform_non_params=lambda _: sharding.replicated(mesh)
+    optimizer,
+    lambda x, shape, s: s if x.shape == shape.shape else sharding.replicated(mesh),  # adafactor's rows and columns
+    state,
+    shapes,
+    shardings,
+    transform_non_params=lambda _: sharding.replicated(mesh),
   )
 
 

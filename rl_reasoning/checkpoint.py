@@ -55,10 +55,6 @@ def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.Checkp
   return ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, 'position': ocp.JsonCheckpointHandler()})
 
 
-def latest_step(manager: ocp.CheckpointManager) -> int | None:
-  return manager.latest_step()
-
-
 def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
   """Returns when the checkpoint is whole. Raises ConfigError where the disk is full; the checkpoints before it stay."""
   parts = items(state)

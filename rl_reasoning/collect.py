@@ -54,10 +54,14 @@ def from_policy(run: Run, state: TrainState, rows: list[dict], key: jax.Array, t
     ids = [rolled.tokens_NC[n, : rolled.length_N[n]].tolist() for n in range(len(rolled.length_N))]
     texts = [tok.decode(i) for i in ids]
     asked = [render_prompt(row['prompt'], config.roles.policy.template, tok) for row in rows for _ in range(group)]
-    columns = {k: [row.get(k) for row in rows for _ in range(group)] for k in set().union(*rows) - {'prompt'}}
+    columns = rewards.columns_of([row for row in rows for _ in range(group)])
     names = config.rewards.functions
-    values, has, _ = rewards.score(names, config.rewards.on_error, asked, texts, ids, columns)
-  batch = batch.replace(rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32))
+    given = [rewards.as_given(rows[n // group]['prompt'], asked[n], texts[n]) for n in range(len(texts))]
+    questions, answers = map(list, zip(*given, strict=True))
+    values, has, failed = rewards.score(names, config.rewards.on_error, questions, answers, ids, columns)
+  batch = batch.replace(
+    rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32), failed_NR=failed.astype(np.float32)
+  )
   samples = [
     {
       'prompt': asked[n],

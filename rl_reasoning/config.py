@@ -42,7 +42,9 @@ class Model:
 class Role:
   init: str = ''  # '' random, or a run's workdir, a Hugging Face folder, a .gguf file
   tokenizer: str = ''  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file
-  template: str = 'plain'  # a name of tokenizer.TEMPLATES, 'chat', or a text with {prompt}
+  template: str = (
+    ''  # '' as the run of init says, else plain; a name of tokenizer.TEMPLATES, 'chat', 'chat_think', a text with {prompt}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,10 +195,13 @@ def read_file(spec: str) -> dict[str, Any]:
       inspect.signature(module.get_config).bind(**arguments)
     except TypeError as error:
       raise ConfigError(f'--config={spec}: get_config: {error}') from None
-    result = plain(module.get_config(**arguments))
+    found = module.get_config(**arguments)
+    check(not (hasattr(found, 'to_dict') and 'stages' in found),
+          f"{path}: a ConfigDict sorts its keys, and 'stages' have an order: return a plain dict")  # fmt: skip
+    result = plain(found)
   except ConfigError:
     raise
-  except Exception as error:  # the file is the user's: whatever it raises is told with its place
+  except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is told with its place
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
       lines = [error.lineno]
@@ -257,7 +262,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
   if origin is not None and issubclass(origin, Mapping):
     check(isinstance(value, Mapping), f'config key {key!r}: {value!r} is not a mapping')
     check_json(plain(value), key)
-    return plain(value)
+    kind = arguments[1] if arguments else Any
+    return plain(value) if kind is Any else {str(k): coerce(v, kind, f'{key}.{k}') for k, v in value.items()}
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
@@ -311,6 +317,8 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     check(values[key] > 0, f'config key {key!r}: {values[key]} must be positive')
   for key in NOT_NEGATIVE:
     check(values[key] >= 0, f'config key {key!r}: {values[key]} must not be negative')
+  for key in ('seed', 'eval.seed'):
+    check(values[key] < 2**32, f'config key {key!r}: {values[key]} does not fit into 32 bits')
   for key, choices in CHOICES.items():
     check(values[key] in choices, f'config key {key!r}: {values[key]!r} is none of {", ".join(choices)}')
   check(0 < config.rollout.top_p <= 1, f"config key 'rollout.top_p': {config.rollout.top_p} is not in (0, 1]")

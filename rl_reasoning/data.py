@@ -106,7 +106,11 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
     {'task': data.task, 'options': options, 'content': content_hash(code + read_from), 'split': split, 'seed': seed, 'size': size}
   )
   folder = epath.Path(os.path.expanduser(data.cache_dir)) / data.task / f'{split}_{name}'
-  prepared = epath.Path(Rows(iter(()), data_dir=folder).data_path)
+  try:
+    prepared = epath.Path(Rows(iter(()), data_dir=folder).data_path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"config key 'data.cache_dir': {data.cache_dir!r}: {error}") from None
   if not prepared.exists():
     rows = task.rows(split, seed, size, data.path, **options)
     first = next(rows, None)
@@ -120,7 +124,12 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
       if not prepared.exists():  # else another run has prepared the same meanwhile
         raise
   read: Any = Rows(iter(()), data_dir=folder).as_data_source
-  return Source(read('rows'))
+  try:
+    source = Source(read('rows'))
+    _ = source[0], source[len(source) - 1]
+  except Exception as error:  # a file that was cut or damaged: array_record and TFDS raise all kinds
+    raise ConfigError(f'{folder} is damaged (delete it, and it is made again): {type(error).__name__}: {error}') from error
+  return source
 
 
 def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict], int]:

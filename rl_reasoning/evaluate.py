@@ -17,7 +17,7 @@ from rl_reasoning import data, rollout
 from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
 from rl_reasoning.config import Rollout, check, from_mapping
-from rl_reasoning.rewards import REWARDS, score
+from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tokenizer import render_prompt
 
@@ -73,6 +73,15 @@ def encode_problems(run: Run, rows: Sequence[dict], name: str, evaluator: Evalua
   return texts, prompts
 
 
+def check_problems(run: Run, rows: Sequence[dict], evaluators: Mapping[str, Evaluator]) -> None:
+  """Raises ConfigError, before a run spends its time, for problems that could not be evaluated at its end."""
+  for name, evaluator in evaluators.items():
+    encode_problems(run, rows, name, evaluator)
+  verdicts = REWARDS['accuracy_flexible']([''] * len(rows), [''] * len(rows), **columns_of(rows))
+  gold = any(verdict is not None for verdict in verdicts)
+  check(gold, f'eval.evaluators: no problem of data.task {run.config.data.task!r} has a gold answer that can be checked')
+
+
 def evaluate(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator
 ) -> tuple[dict[str, float], list[dict]]:
@@ -80,7 +89,7 @@ def evaluate(
 
   Both are over the `problems` that have a gold answer; format, length and truncated are over all completions, reward (the weighted sum of
   the config's reward functions) over the problems with a verdict on each completion. Tokens are a function of (eval.seed, problem,
-  member): an evaluation repeats exactly. Raises ConfigError as `encode_problems` does.
+  member): an evaluation repeats exactly. `check_problems` has passed.
   """
   config, tok, n = run.config, run.tokenizer, evaluator.num_samples
   batch_size = config.eval.batch_size
@@ -108,15 +117,13 @@ def evaluate(
         'length': len(tokens),
         'truncated': bool(rolled.truncated_N[row]),
       })  # fmt: skip
-  asked, completions, ids = ([s[key] for s in samples] for key in ('prompt', 'completion', 'completion_ids'))
-  columns = {k: [rows[s['problem']].get(k) for s in samples] for k in set().union(*rows) - {'prompt'}}
-  arguments = {'prompts': asked, 'completions': completions, 'completion_ids': ids, **columns}
-  accuracy = REWARDS['accuracy_flexible'](**arguments)
-  form = np.asarray(REWARDS['format'](**arguments), np.float64)
+  given = [as_given(rows[s['problem']]['prompt'], s['prompt'], s['completion']) for s in samples]
+  asked, completions = map(list, zip(*given, strict=True))
+  ids = [s['completion_ids'] for s in samples]
+  columns = columns_of([rows[s['problem']] for s in samples])
+  accuracy = REWARDS['accuracy_flexible'](asked, completions, ids, **columns)
+  form = np.asarray(REWARDS['format'](asked, completions, ids, **columns), np.float64)
   judged = [a is not None for a in accuracy]
-  check(
-    any(judged), f'eval.evaluators.{name}: no problem of data.task {config.data.task!r} has a gold answer that can be checked'
-  )
   for sample, a, f in zip(samples, accuracy, form, strict=True):
     sample.update(accuracy=a, format=float(f))
   per_problem = np.asarray([a or 0.0 for a in accuracy]).reshape(-1, n)
@@ -128,8 +135,8 @@ def evaluate(
   result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error(strict.mean(axis=1))
   result['format'] = float(form.mean())
   functions = config.rewards.functions
-  values, has, _ = score(functions, config.rewards.on_error, asked, completions, ids, columns)
-  paid = combine_rewards(values, has, config.rewards.weights or (1.0,) * len(functions), n)
+  scores = score(functions, config.rewards.on_error, asked, completions, ids, columns)
+  paid = combine_rewards(*scores, config.rewards.weights or (1.0,) * len(functions), n)
   reward, verdict = (np.asarray(x).reshape(-1, n) for x in paid)
   if (whole := verdict.all(axis=1)).any():
     result['reward'], result['reward_stderr'] = mean_and_error(reward[whole].mean(axis=1))

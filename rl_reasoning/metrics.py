@@ -21,6 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import directory_check
 
+from rl_reasoning.config import ConfigError, check
 from rl_reasoning.structs import Max, Mean, Min, Sum
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
@@ -89,10 +90,20 @@ class PhaseTimer:
 
 
 def read_jsonl(path: epath.Path | str) -> list[dict[str, Any]]:
-  """Entries of a JSON-lines file of ours; a last line that was cut by a kill is left out. A missing file has none."""
+  """Entries of a JSON-lines file of ours; a last line that was cut by a kill is left out. A missing file has none.
+
+  Raises ConfigError naming the line that we cannot have written.
+  """
   path = epath.Path(path)
   lines = path.read_text().split('\n') if path.exists() else []
-  return [json.loads(line) for line in lines[:-1] if line]  # a whole line ends in '\n'
+  entries = []
+  for number, line in enumerate(lines[:-1], 1):  # a whole line ends in '\n'
+    try:
+      entries.append(json.loads(line))
+      check(isinstance(entries[-1], dict), 'no JSON object')
+    except ValueError as error:
+      raise ConfigError(f'{path}:{number}: damaged: {error}; --overwrite starts anew') from None
+  return entries
 
 
 def finite(value: Any) -> Any:
@@ -103,7 +114,7 @@ class JsonLines:
   """An append-only file that is cut back to the checkpoint on resume. Stores without append (gs://) are rewritten."""
 
   def __init__(self, path: epath.Path, keep_until: int):
-    self.path, self.lines = path, [json.dumps(e) for e in read_jsonl(path) if e['step'] <= keep_until]
+    self.path, self.lines = path, [json.dumps(e) for e in read_jsonl(path) if e.get('step', 0) <= keep_until]
     if path.exists():
       self.rewrite()
 
@@ -176,7 +187,8 @@ class Writer:
     self.folder = self.workdir / 'completions'
     self.folder.mkdir(parents=True, exist_ok=True)
     for file in self.folder.glob('step_*.jsonl'):
-      if int(file.stem.removeprefix('step_')) > resume_step:
+      number = file.stem.removeprefix('step_')
+      if number.isdigit() and int(number) > resume_step:
         file.unlink()
     self.board = Board(str(self.workdir / 'tensorboard'), resume_step)
     self.console = console()

@@ -19,21 +19,31 @@ from typing import Any
 
 from etils import epath
 
-from rl_reasoning import config as config_lib, environment, metrics, train
-from rl_reasoning.config import check
+from rl_reasoning import build, config as config_lib, environment, evaluate, metrics, train
+from rl_reasoning.config import ConfigError, check
 
 
 def fill(value: Any, workdir: str) -> Any:
   if isinstance(value, Mapping):
     return {k: fill(v, workdir) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [fill(v, workdir) for v in value]
   return value.replace('{workdir}', workdir) if isinstance(value, str) else value
 
 
 def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = False) -> dict[str, Any]:
-  """Runs what is not finished; returns and writes summary.json: per stage, and as 'final' for the last, its last evaluation."""
-  check(isinstance(stages, Mapping) and bool(stages), "pipeline: 'stages' is no mapping of names to train configs")
+  """Runs what is not finished; returns and writes summary.json: the last evaluation of each stage, and of the last one as 'final'. Beside
+  'evaluators' an entry has the numbers of the one called greedy, or else of the first."""
+  good = isinstance(stages, Mapping) and bool(stages) and all(isinstance(s, Mapping) for s in stages.values())
+  check(good, "pipeline: 'stages' is no mapping of names to train configs")
   check('final' not in stages, "pipeline: no stage may be called 'final': summary.json has the last one's numbers there")
   resolved = {name: (config_lib.resolve(fill(s, workdir)), set(config_lib.flatten(s))) for name, s in stages.items()}
+  for name, (config, keys_set) in resolved.items():
+    try:
+      build.check_config(config, keys_set, earlier=[f'{workdir}/{n}' for n in resolved])
+      evaluate.make_evaluators(config.eval.evaluators)
+    except ConfigError as error:  # now, not when the stages before it have run
+      raise ConfigError(f'stage {name}: {error}') from None
   result: dict[str, Any] = {}
   for name, (config, keys_set) in resolved.items():
     print(f'== stage {name}', flush=True)
@@ -41,7 +51,7 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
     summary = train.train(config, f'{workdir}/{name}', keys_set=keys_set, overwrite=overwrite)
     evaluators = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
     first = next(iter(evaluators.values()), {})
-    result[name] = {**first, 'evaluators': evaluators, 'wall_s': summary['wall_s']}
+    result[name] = {**evaluators.get('greedy', first), 'evaluators': evaluators, 'wall_s': summary['wall_s']}
     print(f'== stage {name}: done in {time.time() - began:.0f} s', flush=True)
   result['final'] = result[next(reversed(resolved))]
   train.write_atomically(epath.Path(workdir) / 'summary.json', json.dumps(result, indent=1))
@@ -49,10 +59,8 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
 
 
 def command(argv: list[str]) -> None:
-  flags: dict[str, str] = {name: value for name, _, value in (a.removeprefix('--').partition('=') for a in argv)}
-  unknown = set(flags) - {'config', 'workdir', 'overwrite'}
-  check(not unknown, f'flags {sorted(unknown)} are unknown')
-  check(bool(flags.get('config')) and bool(flags.get('workdir')), '--config=FILE.py and --workdir=DIR are needed')
+  flags = train.read_flags(argv, ('config', 'workdir', 'overwrite'))
+  check(bool(flags.get('workdir')), '--workdir=DIR is missing')
   environment.cache_compilations()
   settings = config_lib.read_file(flags['config'])
   check(set(settings) == {'stages'}, f"{flags['config']}: a pipeline config has the one key 'stages'")

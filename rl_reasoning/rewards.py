@@ -7,9 +7,8 @@ never a zero. `rewards.functions` may also name 'my_package.my_module:function' 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +17,8 @@ from rl_reasoning.tokenizer import TAGS, from_thinking, split_completion
 from rl_reasoning.verify.math import check_countdown, extract_answer, numbers_equal
 
 Reward = Callable[..., Sequence[float | None]]
+CRASH = (Exception, SystemExit)  # a sys.exit() in a user's function must not end the run as if it were done
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class RewardError(ConfigError):
@@ -26,6 +27,18 @@ class RewardError(ConfigError):
 
 def last_text(message: Any) -> str:
   return message if isinstance(message, str) else message[-1]['content']
+
+
+def columns_of(rows: Sequence[dict]) -> dict[str, list]:
+  """What reward functions get beside prompt and completion."""
+  return {k: [row.get(k) for row in rows] for k in set().union(*rows) - {'prompt'}}
+
+
+def as_given(prompt: Any, rendered: str, text: str) -> tuple[Any, Any]:
+  """(prompt, completion) as reward functions get them: texts, or chat messages where the prompt is a list of them (TRL's rule)."""
+  if isinstance(prompt, str):
+    return rendered, text
+  return prompt, [{'role': 'assistant', 'content': from_thinking(rendered, text)}]
 
 
 def whole_text(prompt: Any, completion: Any) -> str:
@@ -95,8 +108,8 @@ def resolve(name: str) -> Reward:
   )
   try:
     function = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise ConfigError(f"config key 'rewards.functions': {name!r}: {error}") from None
+  except CRASH as error:  # whatever the user's module raises
+    raise ConfigError(f"config key 'rewards.functions': {name!r}: {type(error).__name__}: {error}") from error
   check(callable(function), f"config key 'rewards.functions': {name!r} is not callable")
   return function
 
@@ -108,34 +121,40 @@ def call(
   if len(values) != len(completions):
     raise ValueError(f'returned {len(values)} rewards for {len(completions)} completions')
   for value in values:
-    if value is not None and not (isinstance(value, (int, float, np.number, np.bool_)) and math.isfinite(value)):
-      raise ValueError(f'returned {value!r}, which is neither a finite number nor None')
+    if value is not None and not (isinstance(value, (int, float, np.number, np.bool_)) and abs(value) < FLOAT32_MAX):
+      raise ValueError(f'returned {value!r}, which is neither a finite number of float32 nor None')
   return [None if v is None else float(v) for v in values]
 
 
+class Scores(NamedTuple):
+  values_NR: np.ndarray  # float64, 0 where there is none
+  has_NR: np.ndarray  # bool
+  failed_NR: np.ndarray  # bool, a crash: unlike a None, never "does not apply to this prompt"
+
+
 def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: Sequence, completion_ids: Sequence,
-          columns: Mapping[str, Sequence]) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
-  """(values_NR float64, has_NR bool, rows lost to crashes). A function that crashes on the batch is called again row by row, so that the
-  error names the row, and with on_error 'none' only that row goes without a verdict."""
-  N = len(completions)
-  values, has, errors = np.zeros((N, len(names))), np.zeros((N, len(names)), bool), 0
+          columns: Mapping[str, Sequence]) -> Scores:  # fmt: skip
+  """What each function says of each completion. A function that crashes on the batch is called again row by row, so that the error names
+  the row, and with on_error 'none' only that row goes without a verdict."""
+  N, R = len(completions), len(names)
+  values, has, failed = np.zeros((N, R)), np.zeros((N, R), bool), np.zeros((N, R), bool)
   for r, name in enumerate(names):
     try:
       column = call(name, prompts, completions, completion_ids, columns)
-    except Exception as whole:
+    except CRASH as whole:
       column = []
       for n in range(N):
         one = slice(n, n + 1)
         try:
           column += call(name, prompts[one], completions[one], completion_ids[one], {k: v[one] for k, v in columns.items()})
-        except Exception as error:
+        except CRASH as error:
           if on_error == 'raise':
             text = f'reward {name!r} failed on row {n}: {type(error).__name__}: {error}; completion: {completions[n]!r}'
             raise RewardError(text) from error
           column.append(None)
-          errors += 1
+          failed[n, r] = True
       if on_error == 'raise':  # every row by itself was well: the fault lies in how the function treats a batch
         raise RewardError(f'reward {name!r} failed on the batch: {type(whole).__name__}: {whole}') from whole
     has[:, r] = [v is not None for v in column]
     values[:, r] = [v or 0.0 for v in column]
-  return values, has, errors
+  return Scores(values, has, failed)

@@ -41,6 +41,7 @@ class Batch:
   logp_ref_NT: Maybe = None
   rewards_NR: Maybe = None  # one column a reward function
   has_reward_NR: Maybe = None
+  failed_NR: Maybe = None  # 1 where the function crashed: no verdict, even if it did on a whole group
   reward_N: Maybe = None  # made by prepare
   has_reward_N: Maybe = None
   truncated_N: Maybe = None  # 1 where the completion was cut at the limit

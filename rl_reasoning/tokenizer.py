@@ -130,6 +130,9 @@ def check_template(template: str) -> None:
 def render_prompt(prompt: str | Sequence[Mapping[str, str]], template: str, tokenizer: Tokenizer) -> str:
   """A prompt column (text, or chat messages) as the text the model continues."""
   if not isinstance(prompt, str):
+    check(
+      template in ('plain', 'chat'), f"config key 'roles.policy.template': {template!r} cannot act on a prompt of chat messages"
+    )
     return tokenizer.chat(prompt, True)
   if template in ('chat', 'chat_think'):
     content = prompt + THINK_INSTRUCTION * (template == 'chat_think')

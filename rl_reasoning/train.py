@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 
 from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluate, metrics
@@ -35,6 +36,15 @@ class Diverged(RuntimeError):
   """Loss or gradient is not finite. Exit code 3."""
 
 
+def read_json(path: epath.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text())
+    check(isinstance(value, dict), 'no JSON object')
+  except ValueError as error:
+    raise ConfigError(f'{path}: damaged: {error}; --overwrite starts anew') from None
+  return value
+
+
 def open_workdir(workdir: epath.Path, config: Config, overwrite: bool) -> None:
   """Writes config.json, or checks that the one there is ours. Another config is refused, unless told to overwrite."""
   path = workdir / 'config.json'
@@ -46,16 +56,13 @@ def open_workdir(workdir: epath.Path, config: Config, overwrite: bool) -> None:
         (workdir / name).rmtree()
   new = json.loads(config_lib.to_json(config))
   if path.exists():
-    try:
-      old = json.loads(path.read_text())
-    except ValueError as error:
-      raise ConfigError(f'{path}: {error}; --overwrite starts anew') from None
-    check(isinstance(old, dict), f'{path}: holds no config; --overwrite starts anew')
+    old = read_json(path)
     # A run may go on on another mesh.
     changed = config_lib.differences({**old, 'mesh': {}}, {**new, 'mesh': {}})
     check(not changed, f'{workdir} holds a run of another config (--overwrite deletes it):\n  ' + '\n  '.join(changed))
     return
-  check(not (workdir / 'checkpoints').exists(), f'{workdir} has checkpoints but no config.json; --overwrite starts anew')
+  left = [name for name in (*RUN_FILES, *RUN_FOLDERS) if (workdir / name).exists()]
+  check(not left, f'{workdir} has {", ".join(left)} but no config.json: no run of ours; --overwrite deletes them')
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(path, config_lib.to_json(config))
@@ -73,8 +80,9 @@ def check_frozen(workdir: epath.Path, state: TrainState) -> None:
   """Frozen weights are not in the checkpoint: their fingerprint is, so that a changed source cannot slip into a resumed run."""
   path, found = workdir / 'frozen.json', {role: int(checkpoint.fingerprint(p)) for role, p in state.frozen.items()}
   if path.exists():
-    for role, number in json.loads(path.read_text()).items():
-      check(found.get(role) == number, f'roles.{role}: its weights are not those that {workdir} began with')
+    began = read_json(path)
+    for role in found.keys() | began.keys():
+      check(found.get(role) == began.get(role), f'roles.{role}: its weights are not those that {workdir} began with')
   else:
     write_atomically(path, json.dumps(found))
 
@@ -94,6 +102,7 @@ def loop(
 ) -> TrainState:
   """From `state` to the last step: collect, score, prepare, update, and what is told of it."""
   config, root = run.config, jax.random.key(run.config.seed)
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
   def last_or_every(step: int, every: int) -> bool:
     return bool(every) and (step % every == 0 or step == config.total_steps)
@@ -110,7 +119,7 @@ def loop(
     key = jax.random.fold_in(root, step)  # nothing random outlives a step
     got = collect(run, source, state, key, timer)
     with timer('score'):
-      batch, aux, gathered = run.steps.prepare(state, run.steps.score(state, got.batch))
+      batch, aux, gathered = jax.block_until_ready(run.steps.prepare(state, run.steps.score(state, got.batch)))
     state = state.replace(aux=aux)
     with timer('update') as phase:
       for rows in run.steps.minibatches(batch, key):
@@ -119,13 +128,18 @@ def loop(
       jax.block_until_ready(state.params)
       phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
     values = metrics.summarise(gathered)
-    for name in ('loss', 'grad_norm'):
-      if not math.isfinite(values[name]):
-        last = checkpoint.latest_step(manager)
-        raise Diverged(f'{name} is {values[name]} at step {step}; the last good checkpoint is that of step {last}')
+    saves = last_or_every(step, config.checkpoint.every)
+    checked = {'loss': values['loss'], 'grad_norm': values['grad_norm']}
+    if saves:  # a finite gradient can still take the weights beyond all numbers
+      checked['the norm of the weights'] = float(optax.global_norm(state.params))
+    for name, value in checked.items():
+      if not math.isfinite(value):
+        last = manager.latest_step()
+        raise Diverged(f'{name} is {value} at step {step}; the last good checkpoint is that of step {last}')
     state = state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered))
     state = sync_moving(run, updates, state)
     if last_or_every(step, config.log_every):
+      values |= metrics.mfu(parameters, phase.tokens, timer.seconds['update'])
       values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
       writer.write(step, values)
       if got.samples:
@@ -133,7 +147,7 @@ def loop(
         writer.completions(step, [{**s, 'advantage': float(a)} for s, a in zip(got.samples, advantage, strict=True)])
     if last_or_every(step, config.eval.every):
       run_evaluators()
-    if last_or_every(step, config.checkpoint.every):
+    if saves:
       checkpoint.save(manager, state)
   return state
 
@@ -149,13 +163,13 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     problems = evaluate.test_problems(run) if evaluators else []
     if overwrite or not (root_dir / 'config.json').exists():
       check_rows(run, source)
-      for name, evaluator in evaluators.items():
-        evaluate.encode_problems(run, problems, name, evaluator)
+      if evaluators:
+        evaluate.check_problems(run, problems, evaluators)
     state = run.init()
     open_workdir(root_dir, config, overwrite)
     finished = root_dir / 'summary.json'
     if finished.exists():
-      return json.loads(finished.read_text())
+      return read_json(finished)
     check_frozen(root_dir, state)
     manager = checkpoint.open_manager(workdir, config.checkpoint)
     state = checkpoint.restore(manager, state) or state
@@ -190,20 +204,27 @@ def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
 EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'reward', 'pass@k', 'length', 'truncated')
 
 
-def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
-  """Command line -> (config, keys that were set, the other flags)."""
-  known = ('config', 'workdir', 'overwrite', 'explain')
+def read_flags(argv: list[str], known: tuple[str, ...]) -> dict[str, str]:
+  """Flags by name; 'config.KEY' among the known ones stands for every 'config.' something."""
   flags: dict[str, str] = {}
   for argument in argv:
     check(argument.startswith('--'), f'argument {argument!r} is not understood; flags are --name=value')
     name, equals, value = argument.removeprefix('--').partition('=')
-    check(name in known or name.startswith('config.'),
-          f'flag --{name} is unknown; flags are {", ".join("--" + k for k in known)} and --config.KEY=VALUE')  # fmt: skip
-    check(bool(equals) or not name.startswith('config.'), f'--{name}: no value, write --{name}=VALUE')
+    override = name.startswith('config.')
+    check(
+      ('config.KEY' if override else name) in known, f'flag --{name} is unknown; flags are {", ".join("--" + k for k in known)}'
+    )
+    check(bool(equals) or not override, f'--{name}: no value, write --{name}=VALUE')
     check(name not in flags, f'flag --{name} is given twice')
     flags[name] = value
   check('config' in flags, '--config=FILE.py is missing')
   check(not flags.get('overwrite'), f'--overwrite={flags.get("overwrite")}: the flag takes no value')
+  return flags
+
+
+def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
+  """Command line -> (config, keys that were set, the other flags)."""
+  flags = read_flags(argv, ('config', 'workdir', 'overwrite', 'explain', 'config.KEY'))
   check(flags.get('explain', '') in ('', 'json'), f'--explain={flags.get("explain")}: write --explain or --explain=json')
   settings = config_lib.read_file(flags['config'])
   for name, value in flags.items():
@@ -227,6 +248,9 @@ def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
       raise
     print(f'error: {error}; make room, and the same command goes on', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+    return 130
   return 0
 
 

@@ -120,7 +120,8 @@ def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransfo
         yield batch
         continue
       units = batch.tokens.shape[0] // together
-      order = np.asarray(jax.random.permutation(jax.random.fold_in(key, iteration), units))
+      # The rollout of the step folds prompt numbers into the same key: these count down from the other end.
+      order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 2**32 - 1 - iteration), units))
       rows = (order[:, None] * together + np.arange(together)).reshape(objective.num_minibatches, -1)
       for index in range(objective.num_minibatches):
         yield take(batch, rows[index])

@@ -75,6 +75,8 @@ def hf_arch(file: pathlib.Path) -> Arch:
   for key in ('attention_bias', 'mlp_bias'):
     check(not config.get(key), f'{file}: {key} is on: the model has no bias on its output projections')
   check(config.get('partial_rotary_factor') in (None, 1), f'{file}: partial_rotary_factor {config.get("partial_rotary_factor")}')
+  for key in ('rope_scaling', 'rope_parameters'):
+    check(isinstance(config.get(key) or {}, dict), f'{file}: {key} {config.get(key)!r} is no JSON object')
   rope = {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
   kind = rope.get('rope_type', rope.get('type', 'default'))
   check(kind in ('default', 'none', None), f'{file}: rope type {kind!r} is not built, only the default one is')
@@ -84,7 +86,7 @@ def hf_arch(file: pathlib.Path) -> Arch:
     check(isinstance(need(key), int) and need(key) > 0, f'{file}: {key} {config[key]!r} is no positive integer')
   layers, heads = config['num_hidden_layers'], config['num_attention_heads']
   if config.get('layer_types'):
-    other = sorted(set(config['layer_types']) - {'full_attention'})
+    other = sorted(set(map(str, config['layer_types'])) - {'full_attention'})
     check(not other, f'{file}: layer_types {", ".join(other)}: only full attention is built')
   elif config.get('use_sliding_window') and config.get('sliding_window'):
     first = config.get('max_window_layers', 28)
@@ -145,9 +147,10 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    names = read_json(index).get('weight_map') or {}
-    check(bool(names), f"{index}: no key 'weight_map'")
-    files = [folder / name for name in sorted(set(names.values()))]
+    names = read_json(index).get('weight_map')
+    good = isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values())
+    check(good, f"{index}: no key 'weight_map' of tensor names to file names")
+    files = [folder / name for name in sorted(set(dict(names or {}).values()))]
   else:
     files = [folder / 'model.safetensors']
     if not files[0].is_file():

@@ -72,16 +72,19 @@ def test_combine_rewards():
     [[1.0, 0.5], [0.0, 0.0], [0.25, 9.0], [1.0, 9.0], [1.0, 0.5], [0.0, 9.0], [9.0, 9.0], [9.0, 9.0]], np.float32
   )
   has = np.array([[1, 1], [1, 1], [1, 0], [1, 0], [1, 1], [1, 0], [0, 0], [0, 0]], np.float32)
-  reward, has_reward = advantages.combine_rewards(rewards, has, (1.0, 2.0), 2)
+  failed = np.zeros((8, 2), np.float32)
+  reward, has_reward = advantages.combine_rewards(rewards, has, failed, (1.0, 2.0), 2)
   # Groups of two: complete; the second function does not apply; one row without a verdict; no function applies.
   np.testing.assert_allclose(reward, [2.0, 0.0, 0.25, 1.0, 2.0, 0.0, 0.0, 0.0])
   np.testing.assert_array_equal(has_reward, [1, 1, 1, 1, 1, 0, 0, 0])
+  failed[2, 1] = 1  # a crash is no "does not apply": the group loses both rows, not that function alone
+  np.testing.assert_array_equal(advantages.combine_rewards(rewards, has, failed, (1.0, 2.0), 2)[1], [1, 1, 0, 0, 1, 0, 0, 0])
 
 
 def test_missing_rewards_may_hold_anything():
   """Failure: the value under a missing reward reaches the sum (NaN * 0)."""
   rewards = np.array([[1.0, np.nan], [0.0, np.inf]], np.float32)
-  reward, has = advantages.combine_rewards(rewards, np.array([[1, 0], [1, 0]], np.float32), (1.0, 1.0), 2)
+  reward, has = advantages.combine_rewards(rewards, np.array([[1, 0], [1, 0]], np.float32), np.zeros((2, 2)), (1.0, 1.0), 2)
   np.testing.assert_array_equal(reward, [1, 0])
   np.testing.assert_array_equal(has, [1, 1])
 
@@ -137,7 +140,7 @@ def batch_of(rewards, has, truncated=None, lengths=(4, 2, 3, 1)):
   return Batch(
     tokens=np.zeros((N, T), np.int32), segment_NT=np.ones((N, T), np.int32), position_NT=np.tile(np.arange(T), (N, 1)),
     mask_NT=mask.astype(np.float32), source_N=np.zeros(N, np.int32), group_N=np.arange(N) // 2,
-    rewards_NR=np.asarray(rewards, np.float32), has_reward_NR=np.asarray(has, np.float32),
+    rewards_NR=np.asarray(rewards, np.float32), has_reward_NR=np.asarray(has, np.float32), failed_NR=np.zeros((N, len(rewards[0]))),
     truncated_N=np.asarray(truncated or [0] * N, np.float32),
   )  # fmt: skip
 
@@ -148,21 +151,22 @@ def numbers(metrics):
 
 def test_prepare_removes_rows_without_reward():
   """Failure: a row without a verdict still counts in N and M, or still has an advantage."""
-  grpo = Grpo(Given(('a',), (2.0,), 5), num_generations=2)
+  grpo = Grpo(Given(('a',), (2.0,)), num_generations=2)
   batch, _, metrics = grpo.prepare({}, batch_of([[1], [0], [1], [7]], [[1], [1], [1], [0]]))
   np.testing.assert_array_equal(batch.mask_NT.sum(axis=1), [4, 2, 3, 0])
   one = 1 / (np.sqrt(2) + 1e-4)
   np.testing.assert_allclose(batch.advantage_NT[:, 1], [one, -one, 0, 0], rtol=1e-6)
   assert np.all(np.asarray(batch.advantage_NT)[np.asarray(batch.mask_NT) == 0] == 0)
   m = numbers(metrics)
+  assert m['rewards/a/no_verdict'] == 0.25 and m['rewards/a/not_applicable'] == 0
   assert m['reward'] == pytest.approx(4 / 3) and m['frac_no_verdict'] == 0.25 and m['frac_reward_zero_std'] == 0.5
   assert m['rewards/a/mean'] == pytest.approx(2 / 3) and m['rewards/a/std'] == pytest.approx(np.std([1, 0, 1], ddof=1))
 
 
 def test_prepare_masks_truncated_completions():
   """Failure: the overlong filter changes rewards or metrics, or leaves cut completions in the loss."""
-  plain = Grpo(Given(('a',), (1.0,), 5), num_generations=2)
-  filtered = Grpo(Given(('a',), (1.0,), 5), num_generations=2, mask_truncated_completions=True)
+  plain = Grpo(Given(('a',), (1.0,)), num_generations=2)
+  filtered = Grpo(Given(('a',), (1.0,)), num_generations=2, mask_truncated_completions=True)
   rows = batch_of([[1], [0], [1], [0]], [[1]] * 4, truncated=[1, 0, 0, 0])
   kept, _, all_metrics = plain.prepare({}, rows)
   batch, _, metrics = filtered.prepare({}, rows)
@@ -180,4 +184,4 @@ def test_refused_settings():
   """Failure: a setting that has no meaning trains something else without a word."""
   for keys in ({'kl_estimator': 'k1'}, {'num_generations': 1}, {'aggregation': 'mean'}, {'scale_rewards': 'std'}, {'beta': -1.0}):
     with pytest.raises(ValueError, match=next(iter(keys))):
-      Grpo(Given(('a',), (1.0,), 5), **keys)
+      Grpo(Given(('a',), (1.0,)), **keys)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import build, collect, config, data, evaluate, metrics, model, rollout, sharding
+from rl_reasoning import build, collect, config, data, evaluate, metrics, model, optim, pipeline, rollout, sharding
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import Given, Grpo
 from rl_reasoning.objectives.sft import Sft
@@ -43,8 +43,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def crash(prompts, completions, **columns):
-  raise RuntimeError('a reward with a bug')
+def crash(prompts, completions, *, answer, **columns):
+  if any(int(a) % 2 for a in answer):
+    raise RuntimeError('a reward with a bug')
+  return [1.0] * len(completions)
 
 
 def refusal(call, *arguments) -> str:
@@ -101,7 +103,7 @@ REFUSED = {
   'rollout.top_k': (5, 'top_k, top_p and min_p must be off'),
   'rollout.top_p': (0.5, 'top_k, top_p and min_p must be off'),
   'rollout.min_p': (0.1, 'top_k, top_p and min_p must be off'),
-  'rewards.on_error': ('raise', "reward 'tests.test_build:crash' failed on row 0"),
+  'rewards.on_error': ('raise', "reward 'tests.test_build:crash' failed on row"),
 }
 # They change when something is done or where it is kept, not what a step computes.
 BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_dir', 'eval.every', 'eval.at_start'}
@@ -232,7 +234,7 @@ def test_epsilon_stands_by():
   nets = {'policy': SimpleNamespace(logp=lambda params, rows, entropy: (params, params))}
 
   def gradient(epsilon, old=None):
-    objective = Grpo(Given(('accuracy',), (1.0,), T), epsilon=epsilon)
+    objective = Grpo(Given(('accuracy',), (1.0,)), epsilon=epsilon)
     rows = batch.replace(logp_old_NT=old)
     return jax.grad(lambda x: objective.loss(nets, {'policy': x}, {}, {}, rows)[0])(logp)
 
@@ -300,7 +302,7 @@ def test_make_objective():
   chosen = config.resolve(
     config.merge(GRPO, {'objective': {'epsilon_high': 1}, 'rewards': {'functions': ('format', 'accuracy')}})
   )
-  given = Given(('format', 'accuracy'), (1.0, 1.0), 16)
+  given = Given(('format', 'accuracy'), (1.0, 1.0))
   assert build.make_objective(chosen) == Grpo(given, num_generations=4, epsilon_high=1.0)
   assert build.make_objective(config.resolve(SFT)) == Sft()
 
@@ -444,3 +446,44 @@ def test_explain():
   text = metrics.explanation(got)
   assert got['hash'] in text and 'completions_per_step: 32' in text and 'eval.size: eval.every is 0' in text
   assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
+
+
+def test_reference_of_another_architecture(tmp_path):
+  """Failure: the KL is to weights that the policy's forward function reads with the wrong depth or rotary base."""
+  settings = config.merge(GRPO, {
+    'objective': {'beta': 0.1},
+    'roles': {'policy': {'init': 'tests/fixtures/llama', 'tokenizer': 'bytes'}, 'ref': {'init': 'tests/fixtures/qwen2'}},
+  })  # fmt: skip
+  text = refusal(resolve, settings)
+  assert "'roles.ref.init': tests/fixtures/qwen2 is of another architecture" in text and 'rope_theta: 500.0 -> 300.0' in text
+
+
+def test_template_is_inherited(tmp_path):
+  """Failure: RL on an SFT run's weights asks in another template than they were trained in."""
+  (tmp_path / 'checkpoints').mkdir()
+  first = resolve(config.override(SFT, 'roles.policy.template', 'Q: {prompt} A: '))[0]
+  (tmp_path / 'config.json').write_text(config.to_json(first))
+  assert resolve(config.override(GRPO, 'roles.policy.init', str(tmp_path)))[0].roles.policy.template == 'Q: {prompt} A: '
+
+
+def test_stages_are_checked_before_the_first_runs(tmp_path):
+  """Failure: the second stage's mistake is told when the first has been trained."""
+  for bad, wanted in (
+    ({'objective': {'name': 'ppoo'}}, "stage rl: config key 'objective.name': 'ppoo'"),
+    ({'data': {'batch_size': 3}}, "stage rl: config key 'data.batch_size': 3"),
+    ({'optim': {'name': 'adamm'}}, "stage rl: config key 'optim.name'"),
+    ({'eval': {'every': 1, 'evaluators': {'e': {'top_k': -1}}}}, "stage rl: config key 'eval.evaluators.e.top_k'"),
+  ):
+    rl = config.merge(config.override(GRPO, 'roles.policy.init', '{workdir}/base'), bad)
+    assert wanted in refusal(pipeline.run_pipeline, {'base': SFT, 'rl': rl}, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_factored_optimizer_on_a_mesh():
+  """Failure: moments that are smaller than their parameter (adafactor) are laid out like it."""
+  mesh = sharding.make_mesh(1, 4, 2)
+  arch = dataclasses.replace(PRESETS['tiny'], hidden_size=256, intermediate_size=256)
+  shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
+  optimizer, _ = optim.make(config.Optim(name='adafactor'), 1)
+  placed = build.optimizer_shardings(mesh, optimizer, shapes, build.param_shardings(mesh, arch))
+  jax.jit(optimizer.init, out_shardings=placed).lower(shapes)

@@ -1,6 +1,7 @@
 """Configs and the command line: read, overridden, checked key by key, hashed; no field that nobody reads, no mistake that leaves traces."""
 
 import ast
+import collections.abc
 import dataclasses
 import inspect
 import json
@@ -434,7 +435,7 @@ def test_open_workdir(tmp_path):
   train.open_workdir(workdir, dataclasses.replace(Config(), mesh=config.MeshSizes(fsdp=2)), False)
   assert json.loads((workdir / 'config.json').read_text()) == json.loads(config.to_json(Config()))
   (workdir / 'checkpoints').mkdir()
-  for damage, wanted in (('{"seed": ', 'config.json: '), ('[]', 'holds no config'), ('\udcff', 'config.json: ')):
+  for damage, wanted in (('{"seed": ', 'config.json: '), ('[]', 'damaged: no JSON object'), ('\udcff', 'config.json: ')):
     (tmp_path / 'run' / 'config.json').write_text(damage, errors='surrogateescape')
     before = contents(tmp_path)
     text = refusal(train.open_workdir, workdir, Config(), False)
@@ -478,3 +479,22 @@ def test_explain_reads_well(command, tmp_path):
   for part in ('"learning_rate": 0.001', 'hash: ', 'prompts_per_step: 16', 'eval.size: eval.every is 0'):
     assert part in out
   assert train.main(['--config=configs/tiny.py', '--explain']) == 0
+
+
+def test_stages_of_a_config_dict(tmp_path):
+  """Failure: stages run in alphabetical order, because a ConfigDict sorts its keys."""
+  (tmp_path / 'p.py').write_text(
+    'from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({"stages": {"sft": {}, "rl": {}}})\n'
+  )
+  with pytest.raises(ConfigError, match='a ConfigDict sorts its keys'):
+    config.read_file(str(tmp_path / 'p.py'))
+
+
+def test_values_of_a_mapping():
+  """Failure: a value of the wrong kind inside a mapping with declared values gets through."""
+  with pytest.raises(ConfigError, match=r"'k.clean': 'x' is not of type float"):
+    config.coerce({'clean': 'x'}, collections.abc.Mapping[str, float], 'k')
+  assert config.coerce({'clean': 1}, collections.abc.Mapping[str, float], 'k') == {'clean': 1.0}
+  for key in ('seed', 'eval.seed'):
+    with pytest.raises(ConfigError, match=f"'{key}': 4294967296 does not fit"):
+      config.resolve(config.override({}, key, 2**32))

@@ -276,10 +276,10 @@ def test_encode_sft(train_on_prompt):
   """Failure: padding is trained on or attended to, positions are off, or train_on_prompt does nothing."""
   rows = [ROW, {'prompt': 'a', 'completion': 'b' * 20}, {'prompt': 'ab', 'completion': ''}]
   got = encode_sft(rows, TOK, 'plain', 22, train_on_prompt)
-  assert got.tokens.shape == (3, 32) and got.mask_NT.dtype == np.float32
+  assert got.tokens.shape == (3, 24) and got.mask_NT.dtype == np.float32
   for n, row in enumerate(rows):
     ids, flags = encode_row(row, TOK, 'plain')
-    rest = [0] * (32 - len(ids))
+    rest = [0] * (24 - len(ids))
     assert got.tokens[n].tolist() == ids + rest
     assert got.segment_NT[n].tolist() == [1] * len(ids) + rest
     assert got.position_NT[n].tolist() == [*range(len(ids))] + rest

@@ -14,7 +14,8 @@ from rl_reasoning.structs import Rollout
 from rl_reasoning.tasks.arithmetic import is_test
 
 ARCH, TOKENIZER = model.Arch(264, 16, 32, 1, 2, 2, 8), tokenizer.ByteTokenizer()
-SETTINGS = {'rollout': {'max_completion_length': 8, 'chunk': 8}, 'eval': {'seed': 3}, 'data': {'max_prompt_length': 32}}
+SETTINGS = {'rollout': {'max_completion_length': 8, 'chunk': 8}, 'eval': {'seed': 3}, 'data': {'max_prompt_length': 32},
+            'roles': {'policy': {'template': 'plain'}}}  # fmt: skip
 # Prompts of many lengths: the padding of a batch depends on which of them share it.
 PROBLEMS = [{'prompt': '9' * (1 + 3 * i % 20) + '+1=', 'answer': str(i)} for i in range(11)]
 
@@ -118,6 +119,7 @@ def test_metrics_mean_what_they_say(monkeypatch):
   assert got == pytest.approx({
     'problems': 4, 'accuracy': 0.5, 'accuracy_stderr': error, 'strict_accuracy': 0.25, 'strict_accuracy_stderr': 0.25, 'format': 0.5,
     'length': np.mean(lengths), 'truncated': 0.25,
+    'reward': 1.0, 'reward_stderr': math.sqrt(2 / 3 / 4),  # of accuracy and format: 2, 1, 1, 0
   })  # fmt: skip
   assert [(s['accuracy'], s['format'], s['truncated'], s['completion']) for s in samples] == [
     (1, 1, False, RIGHT), (1, 0, False, UNMARKED), (0, 1, False, WRONG), (0, 0, True, 'hm')]  # fmt: skip
@@ -162,18 +164,18 @@ def test_without_gold_answer(monkeypatch):
   rows = [{'prompt': 'x'}, {'prompt': 'x', 'answer': '7'}, {'prompt': 'x', 'answer': '7'}, {'prompt': 'x', 'answer': 'unknown'}]
   got, samples = evaluate.evaluate(make_run(batch_size=4), {}, rows, 'it', one({}))
   assert got['problems'] == 2 and got['accuracy'] == 0.5 and [s['accuracy'] for s in samples] == [None, 1, 0, None]
-  with pytest.raises(ConfigError, match=r"eval.evaluators.it: no problem of data.task 'arithmetic' has a gold answer"):
-    evaluate.evaluate(make_run(batch_size=4), {}, rows[:1] + rows[3:], 'it', one({}))
+  evaluate.check_problems(make_run(), rows, {'it': one({})})
+  with pytest.raises(ConfigError, match=r"eval.evaluators: no problem of data.task 'arithmetic' has a gold answer"):
+    evaluate.check_problems(make_run(), rows[:1] + rows[3:], {'it': one({})})
 
 
 def test_prompt_beyond_the_limit(monkeypatch):
   """Failure: a prompt that is longer than the config allows is cut, left out, or runs without a word."""
-  asked = stub(monkeypatch, [RIGHT] * 2)
+  stub(monkeypatch, [RIGHT] * 2)
   rows = [{'prompt': 'x' * 31, 'answer': '7'}, {'prompt': 'y' * 32, 'answer': '7'}]
   assert evaluate.evaluate(make_run(batch_size=2), {}, rows, 'it', one({}))[0]['problems'] == 2
   with pytest.raises(ConfigError, match=r"'data.max_prompt_length': 32, but eval.evaluators.it has a prompt of 33 tokens: 'yyy"):
-    evaluate.evaluate(make_run(batch_size=2), {}, rows, 'it', one({'prefix': '<think>'}))
-  assert len(asked) == 1  # it is found before anything is sampled
+    evaluate.check_problems(make_run(batch_size=2), rows, {'it': one({'prefix': '<think>'})})  # before anything is sampled
 
 
 REFUSED = [

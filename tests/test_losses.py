@@ -82,7 +82,7 @@ def test_per_sequence():
 
 
 def objective(**keys) -> Grpo:
-  return Grpo(Given(('accuracy',), (1.0,), T), num_generations=2, **keys)
+  return Grpo(Given(('accuracy',), (1.0,)), num_generations=2, **keys)
 
 
 class Linear:

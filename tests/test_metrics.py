@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from rl_reasoning import metrics
+from rl_reasoning.config import ConfigError
 from rl_reasoning.structs import Max, Mean, Min, Sum
 
 
@@ -282,6 +283,7 @@ def test_explanation():
 FULL = """
 import resource, sys
 from rl_reasoning import metrics
+from rl_reasoning.config import ConfigError
 writer = metrics.Writer(sys.argv[1], 10**6, 0)
 try:
   for step in range(1, 10**6):
@@ -320,3 +322,11 @@ def test_full_disk(what, tmp_path):
     assert metrics.read_jsonl(folder / 'metrics.jsonl') == [*before, {'step': len(before) + 1, 'loss': 2.0}]
   finally:
     subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_damaged_line_is_named(tmp_path):
+  """Failure: a file that somebody edited is a traceback, or its lines are dropped without a word."""
+  for text in ('{"step": 1}\n[]\n{"step": 2}\n', '{"step": 1}\n{"st\n{"step": 2}\n'):
+    (tmp_path / 'metrics.jsonl').write_text(text)
+    with pytest.raises(ConfigError, match=r'metrics.jsonl:2: damaged'):
+      metrics.read_jsonl(tmp_path / 'metrics.jsonl')

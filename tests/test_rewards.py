@@ -124,8 +124,11 @@ def only_alone(prompts, completions, completion_ids, **columns):
 
 
 def parsed(prompts, completions, completion_ids, **columns):
-  return [{'nan': math.nan, 'inf': np.float32('inf'), 'text': '1', 'list': [1], 'none': None, 'true': True, 'numpy true': np.bool_(True),
-           'int': 2, 'int64': np.int64(3), 'float16': np.float16(0.5)}[c] for c in completions]  # fmt: skip
+  known = {
+    'nan': math.nan, '1e39': 1e39, 'inf': np.float32('inf'), 'text': '1', 'list': [1], 'none': None, 'true': True,
+    'numpy true': np.bool_(True), 'int': 2, 'int64': np.int64(3), 'float16': np.float16(0.5),
+  }  # fmt: skip
+  return [known[c] for c in completions]
 
 
 def array(prompts, completions, completion_ids, **columns):
@@ -144,10 +147,10 @@ def score(name, completions, on_error='raise', **columns):
 
 def test_score():
   """Failure: values of one function stand in another's column, a verdict of 0 counts as missing, or None as 0 (OpenRLHF#1219)."""
-  values, has, errors = score(['accuracy', 'by_length', 'array'], [RIGHT, '6', RIGHT], answer=['5', '5', None])
+  values, has, failed = score(['accuracy', 'by_length', 'array'], [RIGHT, '6', RIGHT], answer=['5', '5', None])
   np.testing.assert_array_equal(values, [[1, len(RIGHT), 0], [0, 1, 1], [0, len(RIGHT), 2]])
   np.testing.assert_array_equal(has, [[True, True, True], [True, True, True], [False, True, True]])
-  assert errors == 0 and values.dtype == np.float64 and has.dtype == bool
+  assert not failed.any() and values.dtype == np.float64 and has.dtype == bool
 
 
 def test_crash_names_function_and_row():
@@ -158,18 +161,19 @@ def test_crash_names_function_and_row():
 
 def test_crash_loses_only_its_row():
   """Failure: one bad completion costs the batch its rewards, or the others get their neighbours' values or columns."""
-  values, has, errors = score(['crashes_on_bad', 'by_length'], ['a', 'bad', 'c', 'bad', 'e'], 'none', bonus=[0, 1, 2, 3, 4])
+  values, has, failed = score(['crashes_on_bad', 'by_length'], ['a', 'bad', 'c', 'bad', 'e'], 'none', bonus=[0, 1, 2, 3, 4])
   np.testing.assert_array_equal(values, [[1, 1], [0, 3], [3, 1], [0, 3], [5, 1]])
   np.testing.assert_array_equal(has[:, 0], [True, False, True, False, True])
-  assert has[:, 1].all() and errors == 2
+  assert has[:, 1].all()
+  np.testing.assert_array_equal(failed, [[False, False], [True, False], [False, False], [True, False], [False, False]])
 
 
 def test_wrong_number_of_rewards():
   """Failure: a function that returns too few values shifts rewards to other rows."""
   with pytest.raises(RewardError, match=r'too_few.*returned 0 rewards for 1 completions'):
     score('too_few', ['a', 'b'])
-  _, has, errors = score('too_few', ['a', 'b'], 'none')
-  assert not has.any() and errors == 2
+  _, has, failed = score('too_few', ['a', 'b'], 'none')
+  assert not has.any() and failed.all()
 
 
 def test_failure_that_no_single_row_shows():
@@ -178,13 +182,13 @@ def test_failure_that_no_single_row_shows():
     score('only_alone', ['a', 'bb'])
 
 
-@pytest.mark.parametrize('value', ['nan', 'inf', 'text', 'list'])
+@pytest.mark.parametrize('value', ['nan', 'inf', '1e39', 'text', 'list'])
 def test_what_is_no_reward(value):
   """Failure: NaN or a text goes into the advantages of the whole group."""
-  with pytest.raises(RewardError, match=r'failed on row 1.*neither a finite number nor None'):
+  with pytest.raises(RewardError, match=r'failed on row 1.*neither a finite number of float32 nor None'):
     score('parsed', ['int', value])
-  values, has, errors = score('parsed', ['int', value, 'int64'], 'none')
-  assert values[:, 0].tolist() == [2, 0, 3] and has[:, 0].tolist() == [True, False, True] and errors == 1
+  values, has, failed = score('parsed', ['int', value, 'int64'], 'none')
+  assert values[:, 0].tolist() == [2, 0, 3] and has[:, 0].tolist() == [True, False, True] and failed.sum() == 1
 
 
 def test_numbers_of_every_kind():
@@ -219,3 +223,29 @@ def test_from_a_plain_script(tmp_path):
   )
   done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env={'PYTHONPATH': '.'})
   assert json.loads(done.stdout) == [{name: [1.0, 0.0] for name in REWARDS}, False]
+
+
+def conversational(prompts, completions, **columns):
+  return [
+    float(len(p) + (c[0]['role'] == 'assistant') + ('5' in c[0]['content'])) for p, c in zip(prompts, completions, strict=True)
+  ]
+
+
+def test_chat_prompts_give_chat_completions():
+  """Failure: a reward function written for TRL's conversational data sets gets texts, or the <think> that the template opened is lost."""
+  messages = [{'role': 'user', 'content': '2+3'}]
+  assert rewards.as_given('2+3', 'Q: 2+3 <think>', '5') == ('Q: 2+3 <think>', '5')
+  prompt, completion = rewards.as_given(messages, '<user>2+3<assistant><think>', 'add</think><answer>5</answer>')
+  assert conversational([prompt], [completion]) == [3.0]
+  assert REWARDS['format']([prompt], [completion]) == [1.0] == REWARDS['accuracy']([prompt], [completion], answer=['5'])
+
+
+def leaves(prompts, completions, **columns):
+  raise SystemExit(0)
+
+
+def test_exit_is_a_crash():
+  """Failure: sys.exit(0) in a user's function ends the run as if it were done."""
+  with pytest.raises(RewardError, match=r'leaves.*SystemExit'):
+    score('leaves', ['a'])
+  assert score('leaves', ['a'], 'none').failed_NR.all()

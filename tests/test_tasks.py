@@ -331,3 +331,12 @@ def test_verdicts_on_model_solutions():
 def test_one_in_ten_is_a_test_problem():
   """Failure: the share of held-out problems is not what the documentation says."""
   assert 0.09 < sum(map(is_test, itertools.islice(map(str, itertools.count()), 20_000))) / 20_000 < 0.115
+
+
+@pytest.mark.parametrize('column', ['prompts', 'completions', 'completion_ids'])
+def test_columns_cannot_pose_as_completions(tmp_path, column):
+  """Failure: a data set's column takes the place of what the policy sampled, and every answer is right."""
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(json.dumps({'prompt': 'x', 'answer': '1', column: '<answer>1</answer>'}) + '\n')
+  with pytest.raises(ConfigError, match=f'rows.jsonl:1: column {column!r}'):
+    list(dataset.rows('train', 0, None, str(path)))

@@ -19,7 +19,7 @@ from rl_reasoning.structs import DATA, ROLLOUT, Batch, TrainState
 
 ARCH = model.Arch(40, 16, 24, 1, 8, 4, 4)
 N, T, LIMIT, TEMPERATURE = 16, 12, 9, 0.8
-GIVEN = Given(('accuracy',), (1.0,), LIMIT)
+GIVEN = Given(('accuracy',), (1.0,))
 
 
 def random_params(seed):
@@ -58,6 +58,7 @@ def make_batch(width=T, source=ROLLOUT, seed=0) -> Batch:
       logp_sample_NT=sampled,
       rewards_NR=reward,
       has_reward_NR=np.ones((N, 1), np.float32),
+      failed_NR=np.zeros((N, 1), np.float32),
       truncated_N=(length == LIMIT).astype(np.float32),
     )
   pad = ((0, 0), (0, width - T))

@@ -14,11 +14,10 @@ from rl_reasoning.structs import Batch, Max, Mean, Min, Sum
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-  """What GRPO reads of the `rewards` and `rollout` sections."""
+  """What GRPO reads of the `rewards` section."""
 
   reward_names: tuple[str, ...]
   reward_weights: tuple[float, ...]
-  max_completion_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Grpo:
 
   def prepare(self, aux, batch: Batch):
     G = self.num_generations
-    reward, has = advantages.combine_rewards(batch.rewards_NR, batch.has_reward_NR, self.given.reward_weights, G)
+    reward, has = advantages.combine_rewards(batch.rewards_NR, batch.has_reward_NR, batch.failed_NR, self.given.reward_weights, G)
     advantage = advantages.group_advantages(reward, has, G, self.scale_rewards)
     metrics = self.metrics(batch, reward, has)  # of completions as sampled, before any filter
     kept = has
@@ -112,6 +111,10 @@ class Grpo:
       'completions/mean_terminated_length': Mean((length * (1 - cut)).sum(), (1 - cut).sum()),
       'completions/clipped_ratio': Mean(cut.sum(), rows),
     }
+    applies = jnp.broadcast_to(
+      advantages.applicable(batch.has_reward_NR, batch.failed_NR, self.num_generations),
+      (spread.shape[0], self.num_generations, len(self.given.reward_names)),
+    ).reshape(batch.has_reward_NR.shape)
     for index, name in enumerate(self.given.reward_names):
       own, value = batch.has_reward_NR[:, index], batch.rewards_NR[:, index]
       count = own.sum()
@@ -119,6 +122,8 @@ class Grpo:
       square = (own * (value - mean) ** 2).sum() / jnp.maximum(count - 1, 1)
       result[f'rewards/{name}/mean'] = Mean(mean * count, count)
       result[f'rewards/{name}/std'] = Mean(jnp.sqrt(square) * count, count)
+      result[f'rewards/{name}/not_applicable'] = Mean((~applies[:, index]).sum(), rows)
+      result[f'rewards/{name}/no_verdict'] = Mean((applies[:, index] & (own == 0)).sum(), rows)
     return result
 
   def loss(self, nets, params, frozen, aux, batch: Batch):

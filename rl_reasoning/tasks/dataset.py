@@ -46,7 +46,15 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
   if path.suffix == '.parquet':
     import pyarrow.parquet  # optional: it comes with tensorflow-datasets, and some releases abort at exit
 
-    for index, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+    try:
+      found = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+      raise ConfigError(f'{path}: damaged or no Parquet file: {error}') from None
+    for index, row in enumerate(found, 1):
+      try:
+        json.dumps(row)
+      except (TypeError, ValueError) as error:
+        raise ConfigError(f'{path}:{index}: a column that JSON cannot hold: {error}') from None
       yield f'{path}:{index}', row
     return
   with path.open('rb') as lines:  # json finds the encoding, and leaves a byte order mark out
@@ -86,6 +94,11 @@ def check_row(place: str, row: Mapping) -> None:
     else:
       check(column not in row or isinstance(value, str), f'{place}: column {column!r} is {type(value).__name__}, not text')
   check(row.get('prompt', True) not in ('', []), f'{place}: the prompt is empty')
+  for column in ('prompts', 'completions', 'completion_ids'):
+    check(
+      column not in row,
+      f'{place}: column {column!r} has the name of what reward functions get; rename it by data.options.columns',
+    )
   if 'messages' in row:
     check_messages(place, 'messages', row['messages'])
 
