@@ -77,7 +77,7 @@ OTHER = {
   'data.task': 'countdown', 'data.options': {'operands': 2}, 'data.train_size': 32, 'data.batch_size': 24,
   'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
   'rollout.chunk': 4,
-  'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.5),
+  'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25),
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
   'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
   'mesh.fsdp': 2, 'mesh.tensor': 2,
