@@ -337,11 +337,14 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   resolved, objective, arch = resolve(config, keys_set)
   optim.make(config.optim, 1)
   sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
+  dead = inert(config, objective)
+  if getattr(objective, 'epsilon', 0.0) >= 1:
+    dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'
   return {
     'config': plain(dataclasses.asdict(resolved)),
     'hash': digest(dataclasses.asdict(resolved)),
     'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(sizes)),
     'devices': devices,
     'batch_sizes': batch_sizes(resolved, objective),
-    'inert_defaults': inert(config, objective),
+    'inert_defaults': dead,
   }

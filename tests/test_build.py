@@ -448,6 +448,12 @@ def test_explain():
   assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
 
 
+def test_lower_bound_that_never_clips():
+  """Failure: a clip of 10 (DeepSeek-R1's) looks like one on both sides."""
+  settings = config.merge(GRPO, {'objective': {'num_iterations': 2, 'epsilon': 10.0}})
+  assert 'objective.epsilon, its lower bound' in build.explain(config.resolve(settings), set(), 8)['inert_defaults']
+
+
 def test_reference_of_another_architecture(tmp_path):
   """Failure: the KL is to weights that the policy's forward function reads with the wrong depth or rotary base."""
   settings = config.merge(GRPO, {
