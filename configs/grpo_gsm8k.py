@@ -10,8 +10,8 @@ The model as published hardly ever writes the tags, so the first stage shows it 
 pure RL: accuracy, format, and a quarter of a point for each tag, which is where the first gradient comes from.
 
 Hardware: 2 CPU cores, 8 GiB. Duration: 18 minutes (sft, two evaluations included) and 57 minutes (rl), the cores shared with other work.
-Measured, seed 0, greedy on 200 test questions, format / accuracy / reward: published .000 / .015 / .021, after sft .420 / .015 / .540, after rl
-1.000 / .015 / 1.015 (accuracy: one standard error is .009). See docs/results/gsm8k.json.
+Measured, seed 0, greedy on 200 test questions, format / accuracy / reward: published .000 / .015 / .021, after sft .420 / .015 / .540,
+after rl 1.000 / .015 / 1.015 (accuracy: one standard error is .009). See docs/results/gsm8k.json.
 """
 
 from ml_collections import ConfigDict

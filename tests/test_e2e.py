@@ -139,7 +139,8 @@ def test_divergence_stops_the_run(cache, tmp_path, capsys):
 def test_weights_beyond_numbers_are_not_saved(cache, tmp_path, capsys):
   """Failure: the gradient was finite, the step was not: the ruined weights become the last good checkpoint, or the run's end."""
   argv = ['--config=configs/tiny.py:objective=sft', f'--workdir={tmp_path / "run"}', f'--config.data.cache_dir={cache}',
-          '--config.total_steps=1', '--config.optim.name=sgd', '--config.optim.learning_rate=1e30', '--config.optim.grad_clip=0']  # fmt: skip
+          '--config.total_steps=1', '--config.optim.name=sgd', '--config.optim.learning_rate=1e30',
+          '--config.optim.grad_clip=0']  # fmt: skip
   assert train.main(argv) == 3 and 'the norm of the weights is inf at step 1' in capsys.readouterr().err
   assert checkpoint.open_manager(str(tmp_path / 'run')).latest_step() is None
 
