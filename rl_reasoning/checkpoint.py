@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from typing import Any
 
 import jax
@@ -43,7 +44,8 @@ def items(state: TrainState) -> dict[str, PyTree]:
 
 def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.CheckpointManager:
   """The manager of `workdir`/checkpoints. Without settings: to read only."""
-  directory = epath.Path(workdir) / 'checkpoints'
+  # orbax takes absolute paths only, and says so when the first checkpoint is due.
+  directory = epath.Path(workdir if '://' in workdir else os.path.abspath(workdir)) / 'checkpoints'
   if settings is None:
     options = ocp.CheckpointManagerOptions(read_only=True)
   else:

@@ -151,13 +151,15 @@ def test_pipeline_skips_finished_stages(cache, tmp_path, monkeypatch):
   base = config.merge(settings('sft', cache, total_steps=2, rollout__max_completion_length=16), {'eval': evaluation})
   rl = config.merge(settings('grpo', cache, total_steps=2), {'eval': evaluation, 'roles': {'policy': {'init': '{workdir}/base'}}})
   rl.pop('model')
-  result = pipeline.run_pipeline({'base': base, 'rl': rl}, str(tmp_path))
-  assert result == json.loads((tmp_path / 'summary.json').read_text())
+  monkeypatch.chdir(tmp_path)
+  workdir = 'my runs/demo'  # relative, and with a space
+  result = pipeline.run_pipeline({'base': base, 'rl': rl}, workdir)
+  assert result == json.loads((tmp_path / workdir / 'summary.json').read_text())
   assert set(result) == {'base', 'rl', 'final'} and 0 <= result['final']['accuracy'] <= 1
-  first = metrics.read_jsonl(tmp_path / 'rl' / 'eval.jsonl')[0]['evaluators']
+  first = metrics.read_jsonl(tmp_path / workdir / 'rl' / 'eval.jsonl')[0]['evaluators']
   assert first == result['base']['evaluators']  # before its first step the second stage is the first stage's end
   monkeypatch.setattr(train, 'collect', None)  # training would crash
-  assert pipeline.run_pipeline({'base': base, 'rl': rl}, str(tmp_path)) == result
+  assert pipeline.run_pipeline({'base': base, 'rl': rl}, workdir) == result
 
 
 def test_frozen_source_cannot_change(cache, tmp_path):
