@@ -2,8 +2,8 @@
 
 Command:  make demo      (python -m rl_reasoning.pipeline --config=configs/demo.py:seed=0 --workdir=runs/demo)
 Hardware: 2 CPU cores. Duration: @@TIME@@.
-Measured, seeds 0, 1, 2, greedy accuracy on 1,000 held-out problems: base .275 .379 .351, after RL .916 .825 .956; the base's forced chain .442 .439
-.450 and pass@8 .708 .704 .721. See docs/results/demo.json.
+Measured, seeds 0, 1, 2, accuracy on 1,000 held-out problems: base greedy .275 .379 .351, forced chain .442 .439 .450, pass@8 .708 .704
+.721; after RL greedy .916 .825 .956. See docs/results/demo.json.
 
 The task is chained arithmetic, '7+9-3-8=' -> <think>7+9=16;16-3=13;13-8=5</think><answer>5</answer>, split into train and test by a hash of
 the problem. The base learns from a careless author: half of its rows answer at once, and every sum in its rows forgets to carry or to
