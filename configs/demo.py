@@ -1,7 +1,7 @@
 """R1-Zero at nano scale, from nothing: a weak base, then GRPO with accuracy and format rewards alone.
 
 Command:  make demo      (python -m rl_reasoning.pipeline --config=configs/demo.py:seed=0 --workdir=runs/demo)
-Hardware: 2 CPU cores. Duration: @@TIME@@.
+Hardware: 2 CPU cores. Duration: 8 minutes (7 min 49 s from a fresh clone, set-up excluded).
 Measured, seeds 0, 1, 2, accuracy on 1,000 held-out problems: base greedy .275 .379 .351, forced chain .442 .439 .450, pass@8 .708 .704
 .721; after RL greedy .916 .825 .956. See docs/results/demo.json.
 
