@@ -252,15 +252,13 @@ def make_mesh(config: Config) -> Mesh:
     raise ConfigError(str(error)) from None
 
 
-def check_config(config: Config, keys_set: set[str], earlier: Sequence[str] = ()) -> None:
+def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> None:
   """Raises ConfigError for what can be told wrong of a run before it begins. `earlier` runs need not exist yet: what depends on their
   weights is then not checked."""
   roles = config.roles
-  later = {
-    role: '' for role in ('policy', 'ref') if getattr(roles, role).init in earlier and not is_run(getattr(roles, role).init)
-  }
-  if later:
-    replaced = {role: dataclasses.replace(getattr(roles, role), init='') for role in later}
+  absent = [path for path in earlier if not is_run(path)]
+  replaced = {n: dataclasses.replace(r, init='') for n, r in vars(roles).items() if r.init in absent}
+  if replaced:
     config = dataclasses.replace(config, roles=dataclasses.replace(roles, **replaced))
     keys_set = {key for key in keys_set if not key.startswith(('model.', 'roles.'))}
   config, objective, _ = resolve(config, keys_set)

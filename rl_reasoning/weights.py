@@ -147,10 +147,10 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
 
   index = folder / 'model.safetensors.index.json'
   if index.is_file():
-    names = read_json(index).get('weight_map')
+    names: Any = read_json(index).get('weight_map')
     good = isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values())
     check(good, f"{index}: no key 'weight_map' of tensor names to file names")
-    files = [folder / name for name in sorted(set(dict(names or {}).values()))]
+    files = [folder / name for name in sorted(set(names.values()))]
   else:
     files = [folder / 'model.safetensors']
     if not files[0].is_file():
