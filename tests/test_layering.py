@@ -13,7 +13,7 @@ LEVELS = (
   ('structs', 'config', 'environment'),
   ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'api', 'verify'),
   ('tasks', 'model', 'data', 'optim'),
-  ('presets', 'weights', 'lora', 'rollout', 'rewards', 'reward_models', 'objectives'),
+  ('presets', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics'),
   ('evaluate', 'inference', 'train', 'generate', 'datagen'),
   ('pipeline', 'report'),
