@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.run
 	$(BIN)/python -m rl_reasoning.pipeline --config=configs/demo.py --workdir=runs/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.sandbox
 	$(BIN)/python -m pytest
 
-prove: $(VENV)/.dev
+prove: $(VENV)/.dev $(VENV)/.sandbox
 	$(BIN)/python -m pytest -m prove
 
 lint: $(VENV)/.dev
@@ -33,3 +33,14 @@ $(VENV)/.run: $(VENV)/bin/python requirements.txt constraints.txt pyproject.toml
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+# Rewards that run generated code need bubblewrap. Installed where we may; elsewhere they are refused, and their tests skipped.
+$(VENV)/.sandbox: $(VENV)/bin/python
+	@missing=; for tool in bwrap setpriv prlimit choom; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing bubblewrap and util-linux, for$$missing"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  timeout 120 apt-get update -qq >/dev/null 2>&1; \
+	  timeout 300 apt-get install -y -qq --no-install-recommends bubblewrap util-linux >/dev/null 2>&1; \
+	fi; true
+	@touch $@

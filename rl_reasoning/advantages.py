@@ -9,6 +9,7 @@ from rl_reasoning.structs import DATA, ROLLOUT, Array
 
 AGGREGATIONS = ('token_mean', 'sequence_mean', 'sequence_sum', 'fixed_length')
 SCALES = ('group', 'batch', 'none')
+EPSILON = 1e-4  # beside a standard deviation
 
 
 def weigh(mask_NT: Array, segment_NT: Array, source_N: Array, aggregation: str, max_completion_length: int) -> Array:
@@ -74,12 +75,47 @@ def group_statistics(reward_N: Array, has_N: Array, group: int) -> tuple[Array, 
   return mean, std, high > low
 
 
-def group_advantages(reward_N: Array, has_N: Array, group: int, scale: str, epsilon: float = 1e-4) -> Array:
-  """advantage_N = (reward - mean of its group) / (std + epsilon), GRPO (2402.03300) eq. 3; std of the group, of the batch, or 1
-  (Dr. GRPO, 2503.20783). Exactly 0 in a group without spread, in a group of one survivor, and in rows without a reward."""
-  mean, std, spread = group_statistics(reward_N, has_N, group)
-  reward, has = reward_N.reshape(-1, group), has_N.reshape(-1, group)
+def group_advantages(
+  reward_N: Array, has_N: Array, group: int, scale: str, *, leave_one_out: bool = False, spread_B1: Array | None = None
+) -> Array:
+  """advantage_N = (reward - mean of its group) / (std + 1e-4), GRPO (2402.03300) eq. 3; std of the group, of the batch, or 1
+  (Dr. GRPO, 2503.20783). `leave_one_out`: the mean is that of the OTHER rows of the group (RLOO, 2402.14740).
+
+  Exactly 0 in a group without spread, in a group of one survivor, and in rows without a reward. `spread_B1` is given where the rewards
+  hold penalties that do not count as spread.
+  """
+  mean, std, own = group_statistics(reward_N, has_N, group)
+  reward, has = reward_N.reshape(-1, group), has_N.reshape(-1, group) > 0
+  count = has.sum(axis=1, keepdims=True)
   if scale == 'batch':
     std = group_statistics(reward_N, has_N, reward_N.shape[0])[1]
-  scaled = (reward - mean) / (std + epsilon) if scale != 'none' else reward - mean
-  return jnp.where(spread & (has > 0), scaled, 0.0).reshape(-1)
+  centred = reward - mean
+  if leave_one_out:  # reward - (sum - reward) / (count - 1)
+    centred = centred * count / jnp.maximum(count - 1, 1)
+  scaled = centred / (std + EPSILON) if scale != 'none' else centred
+  spread = own if spread_B1 is None else spread_B1 & (count > 1)
+  return jnp.where(spread & has, scaled, 0.0).reshape(-1)
+
+
+def normalised_sum(rewards_NR: Array, has_NR: Array, has_N: Array, weights: tuple[float, ...], group: int) -> Array:
+  """GDPO (2601.05242): every function's own group advantage, then their weighted sum, over its std in the batch. Its mean is 0 by
+  construction and is not subtracted, so that a group in which no function has spread stays at exactly 0."""
+  total = jnp.zeros(rewards_NR.shape[0])
+  for index, weight in enumerate(weights):
+    total += weight * group_advantages(rewards_NR[:, index], has_NR[:, index] * has_N, group, 'group')
+  std = group_statistics(total, has_N, total.shape[0])[1].reshape(())
+  return has_N * total / (std + EPSILON)
+
+
+def rewards_to_go(reward_N: Array, penalty_NT: Array) -> Array:
+  """[N, T]: the row's reward minus the penalties from this token on (gamma 1)."""
+  return reward_N[:, None] - jnp.cumsum(penalty_NT[:, ::-1], axis=1)[:, ::-1]
+
+
+def whiten(x_NT: Array, mask_NT: Array) -> Array:
+  """(x - mean) / (std + 1e-4) over the masked tokens of the step; exactly 0 where they are all equal."""
+  count = jnp.maximum(mask_NT.sum(), 1)
+  mean = jnp.sum(mask_NT * x_NT) / count
+  std = jnp.sqrt(jnp.sum(mask_NT * (x_NT - mean) ** 2) / count)
+  spread = jnp.max(jnp.where(mask_NT > 0, x_NT, -jnp.inf)) > jnp.min(jnp.where(mask_NT > 0, x_NT, jnp.inf))
+  return jnp.where((mask_NT > 0) & spread, (x_NT - mean) / (std + EPSILON), 0.0)

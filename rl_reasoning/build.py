@@ -110,11 +110,13 @@ def make_objective(config: Config):
   name = settings.get('name', 'sft')
   check(isinstance(name, str) and name in OBJECTIVES, f"config key 'objective.name': {name!r} is none of {', '.join(OBJECTIVES)}")
   cls = OBJECTIVES[name]
+  preset, cls = (cls.keywords, cls.func) if isinstance(cls, functools.partial) else ({}, cls)
   given = {}
   if 'given' in {f.name for f in dataclasses.fields(cls)}:
     names = config.rewards.functions
-    given['given'] = Given(names, config.rewards.weights or (1.0,) * len(names))
-  return from_mapping(cls, settings, 'objective.', **given)
+    weights = config.rewards.weights or (1.0,) * len(names)
+    given['given'] = Given(names, weights, config.rollout.max_completion_length)
+  return from_mapping(cls, {**preset, **settings}, 'objective.', **given)
 
 
 def inert(config: Config, objective) -> dict[str, str]:
@@ -141,6 +143,14 @@ def inert(config: Config, objective) -> dict[str, str]:
       'data.max_length',
       'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length',
     )
+  if config.data.mixture:
+    for key in ('task', 'path', 'options', 'train_size'):
+      drop(f'data.{key}', 'data.mixture names the tasks')
+  if config.data.curriculum == 'none':
+    for key in ('curriculum_floor', 'curriculum_decay'):
+      drop(f'data.{key}', 'data.curriculum is none')
+  if not any(':' in name for name in config.rewards.functions):
+    drop('rewards.timeout', 'no reward function is a module:function; those of REWARDS keep their own limits')
   if not config.eval.every:
     drop('eval', 'eval.every is 0')
     dead.pop('eval.every')
@@ -154,14 +164,7 @@ def inert(config: Config, objective) -> dict[str, str]:
   else:
     drop('roles.ref.tokenizer', 'the reference reads the tokens that the policy sampled')
     drop('roles.ref.template', 'the reference reads the tokens that the policy sampled')
-  fields = {f.name for f in dataclasses.fields(objective)}
-  if 'beta' in fields and not objective.beta:
-    for key in ('kl_estimator', 'ref_model_sync_updates'):
-      dead[f'objective.{key}'] = 'objective.beta is 0'
-  if 'epsilon' in fields:
-    if objective.num_iterations * objective.num_minibatches == 1:
-      for key in ('epsilon', 'epsilon_high'):
-        dead[f'objective.{key}'] = 'one update a rollout: the ratio is 1 and is never clipped'
+  dead.update({f'objective.{key}': why for key, why in objective.inert().items()})
   return dead
 
 
@@ -211,8 +214,11 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
           'distribution than it was sampled from (use them in an evaluator)')  # fmt: skip
     check(config.rollout.temperature > 0, "config key 'rollout.temperature': 0 is greedy, which explores nothing")
     check(bool(config.rewards.functions), "config key 'rewards.functions': empty, nothing would be learned")
-  for name in config.rewards.functions:
-    rewards.resolve(name)
+  if config.data.curriculum != 'none':
+    measured = 'rollout' in objective.sources and 'accuracy' in config.rewards.functions
+    check(measured, f"config key 'data.curriculum': {config.data.curriculum!r} goes by the reward 'accuracy' of rollouts, which this run has not")
+  if 'rewards.functions' not in dead:
+    rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
   policy = config.roles.policy
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
@@ -281,10 +287,10 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   optimizer, schedule = optim.make(config.optim, updates)
 
-  def logp(params, rows, entropy=False):
+  def logp(params, rows, **wanted):
     rolled = rows.source_N == ROLLOUT
     temperature = jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
-    return model.log_probs(params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, entropy=entropy)
+    return model.log_probs(params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, **wanted)
 
   nets = {role: Net(arch, logp) for role in ('policy', 'ref')}
   shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
@@ -303,11 +309,11 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
 
     return TrainState(
       step=0,
-      cursor={'train': 0, 'num_tokens': 0},
+      cursor={'num_tokens': 0},  # and what data.Train.first adds
       updates=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
       params={'policy': params},
       opt={'policy': jax.jit(optimizer.init, out_shardings=opt_shardings)(params)},
-      aux=objective.init_aux(),
+      aux=jax.device_put(objective.init_aux(), sharding.replicated(mesh)),
       moving={role: reference() for role in objective.moving},
       frozen={role: reference() for role in objective.frozen},
     )
@@ -331,18 +337,19 @@ def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree
 
 
 def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
-  """Resolved config, hash, batch sizes, and what is inert: for --explain, sweeps and launchers."""
+  """Resolved config, hash, the effective formula, batch sizes, and what is inert: for --explain, sweeps and launchers."""
   resolved, objective, arch = resolve(config, keys_set)
   optim.make(config.optim, 1)
   sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
   dead = inert(config, objective)
-  if getattr(objective, 'epsilon', 0.0) >= 1:
+  if getattr(objective, 'epsilon', 0.0) >= 1 and 'objective.epsilon' not in dead:
     dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'
   return {
     'config': plain(dataclasses.asdict(resolved)),
     'hash': digest(dataclasses.asdict(resolved)),
     'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(sizes)),
     'devices': devices,
+    'formula': objective.formula(),
     'batch_sizes': batch_sizes(resolved, objective),
     'inert_defaults': dead,
   }

@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rl_reasoning import data, rewards, rollout, sharding
+from rl_reasoning import advantages, data, rewards, rollout, sharding
 from rl_reasoning.build import Run
 from rl_reasoning.metrics import PhaseTimer
-from rl_reasoning.structs import ROLLOUT, Batch, Rollout, TrainState
+from rl_reasoning.structs import ROLLOUT, Batch, Mean, Rollout, TrainState
 from rl_reasoning.tokenizer import render_prompt
 
 
 class Collected(NamedTuple):
   batch: Batch  # on the mesh
-  cursor: dict[str, int]
+  cursor: dict[str, Any]
   samples: list[dict[str, Any]]  # completions with their rewards, for the table and the files
+  metrics: dict[str, Mean]
+
+
+class Judged(NamedTuple):
+  """Groups of completions with what the reward functions say of them. The first two count prompts, the others completions."""
+
+  rows: list[dict]
+  prompts: list[list[int]]
+  asked: list[str]
+  texts: list[str]
+  rolled: Rollout
+  scores: rewards.Scores
+
+  def take(self, groups: Sequence[int]) -> Judged:
+    """The given groups, in that order."""
+    group = len(self.texts) // len(self.rows)
+    n = [i * group + member for i in groups for member in range(group)]
+
+    def arrays(x):
+      return jax.tree.map(lambda a: a[n], x)
+
+    return Judged(
+      [self.rows[i] for i in groups], [self.prompts[i] for i in groups], [self.asked[i] for i in n], [self.texts[i] for i in n],
+      arrays(self.rolled), arrays(self.scores),
+    )  # fmt: skip
+
+  def join(self, other: Judged) -> Judged:
+    def arrays(a, b):
+      return jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b)
+
+    return Judged(
+      self.rows + other.rows, self.prompts + other.prompts, self.asked + other.asked, self.texts + other.texts,
+      arrays(self.rolled, other.rolled), arrays(self.scores, other.scores),
+    )  # fmt: skip
 
 
 def to_batch(prompts: list[list[int]], rolled: Rollout, group: int) -> Batch:
@@ -39,67 +75,143 @@ def to_batch(prompts: list[list[int]], rolled: Rollout, group: int) -> Batch:
   )  # fmt: skip
 
 
-def from_policy(run: Run, state: TrainState, rows: list[dict], key: jax.Array, timer: PhaseTimer) -> tuple[Batch, list[dict]]:
-  """Rolls out, decodes and judges: (batch of numpy arrays, samples)."""
+def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: jax.Array, timer: PhaseTimer) -> Judged:
+  """Rolls out, decodes and judges. `first_id` counts the step's prompts, so that no two of them share random numbers."""
   config, tok, group = run.config, run.tokenizer, run.objective.sources['rollout']
-  prompts = data.encode_prompts(rows, tok, config.roles.policy.template, config.data.max_prompt_length)
+  template = config.roles.policy.template
+  prompts = data.encode_prompts(rows, tok, template, config.data.max_prompt_length)
   with timer('rollout') as phase:
     rolled = rollout.generate(
       state.params['policy'], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
-      dtype=config.model.dtype, mesh=run.mesh,
+      dtype=config.model.dtype, mesh=run.mesh, prompt_ids=range(first_id, first_id + len(rows)),
     )  # fmt: skip
     phase.tokens = int(rolled.length_N.sum())
-  batch = to_batch(prompts, rolled, group)
   with timer('reward'):
     ids = [rolled.tokens_NC[n, : rolled.length_N[n]].tolist() for n in range(len(rolled.length_N))]
     texts = [tok.decode(i) for i in ids]
-    asked = [render_prompt(row['prompt'], config.roles.policy.template, tok) for row in rows for _ in range(group)]
-    columns = rewards.columns_of([row for row in rows for _ in range(group)])
-    names = config.rewards.functions
+    asked = [render_prompt(row['prompt'], template, tok) for row in rows for _ in range(group)]
     given = [rewards.as_given(rows[n // group]['prompt'], asked[n], texts[n]) for n in range(len(texts))]
     questions, answers = map(list, zip(*given, strict=True))
-    values, has, failed = rewards.score(names, config.rewards.on_error, questions, answers, ids, columns)
-  batch = batch.replace(
+    columns = rewards.columns_of([row for row in rows for _ in range(group)])
+    r = config.rewards
+    scores = rewards.score(
+      r.functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
+      max_completion_length=config.rollout.max_completion_length,
+    )  # fmt: skip
+  return Judged(rows, prompts, asked, texts, rolled, scores)
+
+
+def has_spread(run: Run, judged: Judged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(spread_B, reward_N, has_reward_N): whether the weighted rewards of a group differ."""
+  given, group = run.objective.given, run.objective.num_generations
+  reward, has = advantages.combine_rewards(*judged.scores, given.reward_weights, group)
+  spread = advantages.group_statistics(reward, has, group)[2]
+  return np.asarray(spread[:, 0]), np.asarray(reward), np.asarray(has)
+
+
+def refill_size(wanted: int, rate: float, size: int, devices: int) -> int:
+  """Prompts of a refill: all of `size`, or a half or a quarter where that still promises the `wanted` groups at this rate of acceptance
+  and divides over the devices. Few sizes, because each is a program to compile."""
+  fits = [size // part for part in (4, 2) if size % (part * devices) == 0 and size // part * rate >= wanted]
+  return fits[0] if fits else size
+
+
+def accepted_groups(
+  run: Run, train: data.Train, state: TrainState, cursor: dict[str, Any], key: jax.Array, timer: PhaseTimer
+) -> tuple[Judged, dict[str, Any], dict[str, Mean]]:
+  """DAPO's dynamic sampling (2503.14476): `data.batch_size` groups whose rewards differ. What is accepted is kept, and new prompts are
+  drawn for the rest, at most `max_refills` times; then groups without spread fill up, which prepare masks."""
+  B = run.config.data.batch_size
+  devices = sharding.axis_size(run.mesh, 'rows')
+  kept, spare, drawn, refills, paid, judged = None, None, 0, -1, 0.0, 0.0
+  while True:
+    size = refill_size(B - len(kept.rows), len(kept.rows) / drawn, B, devices) if kept else B
+    with timer('data'):
+      rows, cursor = train.draw(cursor, size)
+    got = roll_out(run, state, rows, drawn, key, timer)
+    cursor = observed(train, cursor, run, got)
+    spread, reward, has = has_spread(run, got)
+    drawn, refills, paid, judged = drawn + size, refills + 1, paid + float((reward * has).sum()), judged + float(has.sum())
+    good, rest = got.take(np.flatnonzero(spread)), got.take(np.flatnonzero(~spread))
+    kept, spare = (kept.join(good), spare.join(rest)) if kept else (good, rest)
+    if len(kept.rows) >= B or refills == run.objective.max_refills:
+      break
+  found = len(kept.rows)
+  metrics = {
+    'dynamic_sampling/refills': Mean(refills, 1),
+    'dynamic_sampling/drawn_prompts': Mean(drawn, 1),
+    'dynamic_sampling/accepted_ratio': Mean(found, drawn),
+    'dynamic_sampling/unfilled_groups': Mean(max(0, B - found), 1),
+    'dynamic_sampling/reward_of_all': Mean(paid, judged),  # `reward` speaks of the rows that are kept
+  }
+  return kept.join(spare).take(range(B)), cursor, metrics
+
+
+def observed(train: data.Train, cursor: dict[str, Any], run: Run, judged: Judged) -> dict[str, Any]:
+  """The cursor with the pass rates that a curriculum goes by: each prompt's mean accuracy."""
+  if not train.adapts:
+    return cursor
+  column = run.config.rewards.functions.index('accuracy')
+  group = run.objective.num_generations
+  values, has = judged.scores.values_NR[:, column].reshape(-1, group), judged.scores.has_NR[:, column].reshape(-1, group)
+  correct = [float(v[h].mean()) if h.any() else None for v, h in zip(values, has, strict=True)]
+  return train.observe(cursor, judged.rows, correct)
+
+
+def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
+  """Prompts -> rollouts -> rewards -> rows, still in numpy."""
+  config = run.config
+  metrics: dict[str, Mean] = {}
+  if run.objective.dynamic_sampling:
+    judged, cursor, metrics = accepted_groups(run, train, state, state.cursor, key, timer)
+  else:
+    with timer('data'):
+      rows, cursor = train.draw(state.cursor, config.data.batch_size)
+    judged = roll_out(run, state, rows, 0, key, timer)
+    cursor = observed(train, cursor, run, judged)
+  values, has, failed = judged.scores
+  batch = to_batch(judged.prompts, judged.rolled, run.objective.sources['rollout']).replace(
     rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32), failed_NR=failed.astype(np.float32)
   )
+  names = config.rewards.functions
   samples = [
     {
-      'prompt': asked[n],
-      'completion': texts[n],
+      'prompt': judged.asked[n],
+      'completion': judged.texts[n],
       'rewards': {name: float(values[n, r]) if has[n, r] else None for r, name in enumerate(names)},
-      'length': int(rolled.length_N[n]),
-      'truncated': bool(rolled.truncated_N[n]),
+      'length': int(judged.rolled.length_N[n]),
+      'truncated': bool(judged.rolled.truncated_N[n]),
     }
-    for n in range(len(texts))
+    for n in range(len(judged.texts))
   ]
-  return batch, samples
+  return Collected(batch, cursor, samples, metrics)
 
 
-def check_rows(run: Run, source: data.Source) -> None:
+def check_rows(run: Run, train: data.Train) -> None:
   """Encodes every row that the run will read. Raises ConfigError for one over the limit: better now than at step 1,000, where raising
   the limit would be another config."""
   config = run.config
   template, limits = config.roles.policy.template, config.data
-  count = min(len(source), config.total_steps * limits.batch_size)
-  for start in range(0, count, 1024):
-    rows, _ = data.batch(source, start, min(1024, count - start), config.seed)
-    if 'rollout' in run.objective.sources:
-      data.encode_prompts(rows, run.tokenizer, template, limits.max_prompt_length)
+  rolls_out = 'rollout' in run.objective.sources
+  refills = run.objective.max_refills if rolls_out and run.objective.dynamic_sampling else 0
+  rows = iter(train.preview(config.total_steps * limits.batch_size * (1 + refills)))
+  while some := list(itertools.islice(rows, 1024)):
+    if rolls_out:
+      data.encode_prompts(some, run.tokenizer, template, limits.max_prompt_length)
     else:
-      data.encode_rows(rows, run.tokenizer, template, limits.max_length)
+      data.encode_rows(some, run.tokenizer, template, limits.max_length)
 
 
-def collect(run: Run, source: data.Source, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
+def collect(run: Run, train: data.Train, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
   """The rows of the step after `state`, a function of (state, key) alone."""
   config = run.config
-  with timer('data'):
-    rows, position = data.batch(source, state.cursor['train'], config.data.batch_size, config.seed)
   if 'rollout' in run.objective.sources:
-    batch, samples = from_policy(run, state, rows, key, timer)
+    got = from_policy(run, train, state, key, timer)
   else:
     with timer('data'):
+      rows, cursor = train.draw(state.cursor, config.data.batch_size)
       template = config.roles.policy.template
       batch = data.encode_sft(rows, run.tokenizer, template, config.data.max_length, run.objective.train_on_prompt)
-    samples = []
-  tokens = state.cursor['num_tokens'] + int(np.sum(batch.segment_NT > 0))
-  return Collected(sharding.put_rows(run.mesh, batch), {'train': position, 'num_tokens': tokens}, samples)
+    got = Collected(batch, cursor, [], {})
+  tokens = state.cursor['num_tokens'] + int(np.sum(got.batch.segment_NT > 0))
+  return got._replace(batch=sharding.put_rows(run.mesh, got.batch), cursor={**got.cursor, 'num_tokens': tokens})

@@ -7,17 +7,20 @@ others keep the defaults below. `--config=file.py:objective=sft,size=2` passes a
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import pathlib
+import re
 import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -62,7 +65,25 @@ class Data:
   batch_size: int = 32  # prompts a step
   max_prompt_length: int = 128  # tokens; a longer prompt is an error that names the row
   max_length: int = 256  # tokens of prompt and completion from data (SFT)
+  # Several tasks in one run: name -> {'task', 'path', 'options', 'train_size', 'weight'}, a Component; empty: the one `task` above
+  mixture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  curriculum: str = (
+    'none'  # none | pass_rate: what beside its weight decides how often a task of the mixture is drawn, see data.Train
+  )
+  curriculum_floor: float = 0.1  # the factor of a task that is always solved or never
+  curriculum_decay: float = 0.9  # of the moving average of pass rates, a step
   cache_dir: str = '~/.cache/rl_reasoning/data'  # prepared ArrayRecord files
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+  """One task of `data.mixture`; its keys mean what those of the section data do."""
+
+  task: str
+  path: str = ''
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  train_size: int = 0
+  weight: float = 1.0  # its share of the prompts is its weight (times its factor of the curriculum) over the sum of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +101,8 @@ class Rewards:
   functions: tuple[str, ...] = ('accuracy', 'format')  # names of rewards.REWARDS or 'module:function'
   weights: tuple[float, ...] = ()  # empty: all 1
   on_error: str = 'raise'  # raise | none: what a crash of a reward function does
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # function -> its keyword-only arguments
+  timeout: float = 60.0  # seconds a batch for a 'module:function', in a worker process; 0: in this process, without a limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +163,7 @@ POSITIVE = [
   'data.batch_size',
   'data.max_prompt_length',
   'data.max_length',
+  'data.curriculum_floor',
   'rollout.max_completion_length',
   'rollout.chunk',
   'optim.learning_rate',
@@ -151,9 +175,11 @@ POSITIVE = [
 NOT_NEGATIVE = [
   'seed',
   'data.train_size',
+  'data.curriculum_decay',
   'rollout.temperature',
   'rollout.top_k',
   'rollout.min_p',
+  'rewards.timeout',
   'optim.warmup_updates',
   'optim.grad_clip',
   'optim.micro_batch',
@@ -161,6 +187,7 @@ NOT_NEGATIVE = [
   'eval.seed',
 ]
 CHOICES = {
+  'data.curriculum': ('none', 'pass_rate'),
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'rewards.on_error': ('raise', 'none'),
@@ -176,8 +203,23 @@ def parse_value(text: str) -> Any:
     return {'true': True, 'false': False}.get(text.lower(), text)  # 'none' is a choice of several keys; None is a literal
 
 
-def read_file(spec: str) -> dict[str, Any]:
-  """'file.py:name=value,name=value' -> the nested dict that its get_config(**arguments) returns."""
+@contextlib.contextmanager
+def blaming(path: str) -> Iterator[None]:
+  """The file is the user's: whatever its code raises inside is told as a ConfigError with its place."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (Exception, SystemExit) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+      lines = [error.lineno]
+    place = f'{path}:{lines[-1]}' if lines else path
+    raise ConfigError(f'{place}: {type(error).__name__}: {error}') from error
+
+
+def read_module(spec: str) -> tuple[types.ModuleType, dict[str, Any]]:
+  """'file.py:name=value,name=value' -> (the executed file, which defines get_config, and the arguments for it)."""
   path, _, text = spec.partition(':')
   arguments = {}
   for item in filter(None, text.split(',')):
@@ -188,9 +230,17 @@ def read_file(spec: str) -> dict[str, Any]:
   check(pathlib.Path(path).is_file(), f'--config: no file {path!r}')
   module = types.ModuleType(pathlib.Path(path).stem)
   module.__file__ = path
-  try:
+  with blaming(path):
     exec(compile(pathlib.Path(path).read_text(), path, 'exec', dont_inherit=True), module.__dict__)
-    check(callable(getattr(module, 'get_config', None)), f'{path}: defines no get_config')
+  check(callable(getattr(module, 'get_config', None)), f'{path}: defines no get_config')
+  return module, arguments
+
+
+def read_file(spec: str) -> dict[str, Any]:
+  """'file.py:name=value,name=value' -> the nested dict that its get_config(**arguments) returns."""
+  module, arguments = read_module(spec)
+  path = str(module.__file__)
+  with blaming(path):
     try:
       inspect.signature(module.get_config).bind(**arguments)
     except TypeError as error:
@@ -199,14 +249,6 @@ def read_file(spec: str) -> dict[str, Any]:
     check(not (hasattr(found, 'to_dict') and 'stages' in found),
           f"{path}: a ConfigDict sorts its keys, and 'stages' have an order: return a plain dict")  # fmt: skip
     result = plain(found)
-  except ConfigError:
-    raise
-  except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is told with its place
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
-      lines = [error.lineno]
-    place = f'{path}:{lines[-1]}' if lines else path
-    raise ConfigError(f'{place}: {type(error).__name__}: {error}') from error
   check(isinstance(result, dict), f'{path}: get_config returns {result!r}, not a mapping')
   return result
 
@@ -236,6 +278,45 @@ def override(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
   for name in reversed(rest):
     nested = {name: nested}
   return merge(settings, {first: nested})
+
+
+# A sweep is a list of dicts: dotted overrides of a base config, and three keys of the entry's own. See launch/sweep.py.
+ENTRY_KEYS = ('name', 'arguments', 'report')
+
+
+def entry_name(entry: Mapping[str, Any]) -> str:
+  """The name of an entry of a sweep, by default made from its overrides: {'objective.name': 'grpo', 'optim.learning_rate': 1e-4} is
+  grpo-learning_rate=0.0001."""
+  if 'name' in entry:
+    return entry['name']
+  overrides = {**entry.get('arguments', {}), **{k: v for k, v in entry.items() if k not in ENTRY_KEYS}}
+  parts = []
+  for key, value in overrides.items():
+    text = re.sub(r'[^\w.=+-]+', '_', str(value), flags=re.ASCII).strip('_')  # it is a folder's name
+    parts.append(text if key.endswith('.name') else f'{key.rpartition(".")[2]}={text}')
+  return '-'.join(parts) or 'default'
+
+
+def product(*sweeps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Every combination of one entry of each sweep, the last one varying fastest: product(objectives, learning_rates).
+
+  Names are joined by '-'. Raises ConfigError for a key that two of the sweeps set: one of them would not act. (The sum of two sweeps is
+  their `+`, and entries that vary together are one list of dicts.)
+  """
+  result = []
+  for entries in itertools.product(*sweeps):
+    joined: dict[str, Any] = {'name': '-'.join(entry_name(entry) for entry in entries)}
+    for key in (k for entry in entries for k in entry if k not in ENTRY_KEYS):
+      check(sum(key in entry for entry in entries) == 1, f'product: {key!r} is set by two of the sweeps')
+    for entry in entries:
+      arguments = entry.get('arguments', {})
+      twice = joined.get('arguments', {}).keys() & arguments
+      check(not twice, f'product: argument {", ".join(sorted(twice))} is set by two of the sweeps')
+      joined |= {k: v for k, v in entry.items() if k not in ENTRY_KEYS}
+      joined |= {'arguments': {**joined.get('arguments', {}), **arguments}} if arguments else {}
+      joined |= {'report': False} if not entry.get('report', True) else {}
+    result.append(joined)
+  return result
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -309,6 +390,18 @@ def from_mapping(cls: type, settings: Mapping[str, Any], prefix: str = '', **giv
     raise ConfigError(str(error)) from None
 
 
+def components(data: Data) -> dict[str, Component]:
+  """The tasks of `data.mixture` by name, sorted: the order of keys in a config must not matter. Raises ConfigError."""
+  found = {}
+  for name in sorted(data.mixture):
+    key = f'data.mixture.{name}'
+    check(bool(re.fullmatch(r'[\w-]+', name)), f'config key {key!r}: a name is of letters, digits, _ and -')
+    component = found[name] = coerce(data.mixture[name], Component, key)
+    check(component.weight > 0, f"config key '{key}.weight': {component.weight} must be positive")
+    check(component.train_size >= 0, f"config key '{key}.train_size': {component.train_size} must not be negative")
+  return found
+
+
 def resolve(settings: Mapping[str, Any]) -> Config:
   """The whole config, checked key by key. Raises ConfigError."""
   config = from_mapping(Config, settings)
@@ -323,6 +416,10 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     check(values[key] in choices, f'config key {key!r}: {values[key]!r} is none of {", ".join(choices)}')
   check(0 < config.rollout.top_p <= 1, f"config key 'rollout.top_p': {config.rollout.top_p} is not in (0, 1]")
   check(config.rollout.min_p < 1, f"config key 'rollout.min_p': {config.rollout.min_p} is not in [0, 1)")
+  for key in ('curriculum_floor', 'curriculum_decay'):
+    check(getattr(config.data, key) < 1, f"config key 'data.{key}': {getattr(config.data, key)} must be below 1")
+  mixed = bool(components(config.data)) or config.data.curriculum == 'none'
+  check(mixed, f"config key 'data.curriculum': {config.data.curriculum!r} has nothing to choose from without data.mixture")
   weights, functions = config.rewards.weights, config.rewards.functions
   check(
     not weights or len(weights) == len(functions),

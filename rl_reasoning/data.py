@@ -1,21 +1,27 @@
 """Prompts and demonstrations: written once as ArrayRecord by a TFDS builder (no TensorFlow), read at random through grain.
 
-A batch is a function of (data, seed, cursor): the cursor counts rows consumed, and nothing else has to be saved to go on exactly.
+A batch is a function of (data, seed, cursor): the cursor counts rows consumed, and holds the pass rates that a curriculum has measured.
+Nothing else has to be saved to go on exactly.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
+import random
+import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -24,7 +30,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from rl_reasoning import tasks
-from rl_reasoning.config import ConfigError, Data, check, coerce, digest
+from rl_reasoning.config import Component, ConfigError, Data, check, coerce, components, digest
 from rl_reasoning.sharding import size_class
 from rl_reasoning.structs import DATA, Batch
 from rl_reasoning.tasks import TASKS
@@ -136,6 +142,141 @@ def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict]
   """(rows, next cursor): rows cursor .. cursor + size of an endless stream, shuffled anew every epoch."""
   stream: Any = source.shuffled(seed)
   return [stream[i] for i in range(cursor, cursor + size)], cursor + size
+
+
+def load_component(data: Data, name: str, component: Component, split: str, seed: int, size: int | None) -> Source:
+  """`load` of one task of the mixture. What is wrong is told under the key where it stands."""
+  alone = dataclasses.replace(data, task=component.task, path=component.path, options=component.options)
+  try:
+    source = load(alone, split, seed, size)
+  except ConfigError as error:
+    key = rf'data.mixture.{name}.\1'
+    raise ConfigError(re.sub(r'\bdata\.(task|path|options|train_size)\b', key, str(error))) from None
+  tagged(source[0], name)
+  return source
+
+
+def tagged(row: dict, name: str) -> dict:
+  """A row of the mixture with its column `dataset`."""
+  check('dataset' not in row, f"config key 'data.mixture.{name}': its rows have a column 'dataset', a name that a mixture needs")
+  return {**row, 'dataset': name}
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The training rows of a run, and which of them come next: of the one `data.task`, or of the tasks of `data.mixture`.
+
+  Of a mixture every slot of a batch takes the next row of one task, whose own rows come in the order of `batch`. Which task is drawn anew
+  for every slot, from a generator seeded by (seed, slots drawn so far), with probability proportional to weight * factor.
+
+  The factor is 1 without a curriculum. With `data.curriculum` 'pass_rate' it is floor + (1 - floor) * 4 p (1 - p), where p is the task's
+  pass rate: groups of completions that are all right or all wrong teach nothing, and the variance p (1 - p) of a completion's
+  correctness says how seldom they are (Foster et al. 2025, Learning to Reason at the Frontier of Learnability, for single questions). p is
+  a moving average of what `observe` is told, p <- decay * p + (1 - decay) * mean, kept in the cursor. It starts at 1/2, the highest factor:
+  what is not measured yet is asked. The floor goes on asking what is mastered or still too hard, so that a change in either is seen.
+  """
+
+  data: Data
+  seed: int
+  sources: Mapping[str, Source]  # of the one task: under the name ''
+  weights: Mapping[str, float]
+
+  def __len__(self) -> int:
+    """Rows of all tasks."""
+    return sum(len(source) for source in self.sources.values())
+
+  @property
+  def mixed(self) -> bool:
+    return bool(self.data.mixture)
+
+  @property
+  def adapts(self) -> bool:
+    return self.mixed and self.data.curriculum == 'pass_rate'
+
+  def first(self) -> dict[str, Any]:
+    """The cursor of a run that has read nothing."""
+    if not self.mixed:
+      return {'train': 0}
+    rates = {f'pass_rate/{name}': 0.5 for name in self.sources} if self.adapts else {}
+    return {**{f'train/{name}': 0 for name in self.sources}, 'drawn': 0, **rates}
+
+  def factor(self, cursor: Mapping[str, Any], name: str) -> float:
+    if not self.adapts:
+      return 1.0
+    floor, p = self.data.curriculum_floor, cursor[f'pass_rate/{name}']
+    return floor + (1 - floor) * 4 * p * (1 - p)
+
+  def draw_names(self, cursor: Mapping[str, Any], size: int) -> list[str]:
+    """Which tasks the next `size` slots take."""
+    names = list(self.sources)
+    shares = [self.weights[name] * self.factor(cursor, name) for name in names]
+    slots = range(cursor['drawn'], cursor['drawn'] + size)
+    return [random.Random(f'mixture/{self.seed}/{slot}').choices(names, shares)[0] for slot in slots]
+
+  def draw(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
+    """(rows, next cursor). Two draws give what one of their sizes together gives, unless pass rates are observed in between."""
+    after = dict(cursor)
+    if not self.mixed:
+      rows, after['train'] = batch(self.sources[''], cursor['train'], size, self.seed)
+      return rows, after
+    rows = []
+    for name in self.draw_names(cursor, size):
+      (row,), after[f'train/{name}'] = batch(self.sources[name], after[f'train/{name}'], 1, self.seed)
+      rows.append(tagged(row, name))
+    after['drawn'] += size
+    return rows, after
+
+  def observe(self, cursor: Mapping[str, Any], rows: Sequence[dict], correct: Sequence[float | None]) -> dict[str, Any]:
+    """The cursor with the pass rates after a measurement: `correct` is in [0, 1] for each row (a mean over its completions), or None."""
+    if not self.adapts:
+      return dict(cursor)
+    measured = collections.defaultdict(list)
+    for row, value in zip(rows, correct, strict=True):
+      if value is not None:
+        if not 0 <= value <= 1:
+          raise ValueError(f'a pass rate of {value} is not in [0, 1]')
+        measured[row['dataset']].append(float(value))
+    after, decay = dict(cursor), self.data.curriculum_decay
+    for name, values in measured.items():
+      key = f'pass_rate/{name}'
+      after[key] = decay * cursor[key] + (1 - decay) * math.fsum(values) / len(values)
+    return after
+
+  def preview(self, count: int) -> Iterator[dict]:
+    """The rows that the first `count` draws of a run read, each once: all rows where a curriculum leaves open which those are."""
+    read = {name: len(source) for name, source in self.sources.items()}
+    if not self.adapts:
+      taken = collections.Counter(self.draw_names(self.first(), count)) if self.mixed else {'': count}
+      read = {name: min(taken[name], len(source)) for name, source in self.sources.items()}
+    for name, source in self.sources.items():
+      for position in range(read[name]):
+        (row,), _ = batch(source, position, 1, self.seed)
+        yield tagged(row, name) if self.mixed else row
+
+
+def open_train(data: Data, seed: int) -> Train:
+  """The training split of `data`; prepared on first use. Raises ConfigError."""
+  if not data.mixture:
+    return Train(data, seed, {'': load(data, 'train', seed, data.train_size or None)}, {'': 1.0})
+  tasks = components(data)
+  sources = {name: load_component(data, name, c, 'train', seed, c.train_size or None) for name, c in tasks.items()}
+  return Train(data, seed, sources, {name: c.weight for name, c in tasks.items()})
+
+
+def open_test(data: Data, seed: int, size: int) -> list[dict]:
+  """The first `size` rows of the test split; of a mixture, rows of every task by its weight, at least one, with their column `dataset`."""
+  if not data.mixture:
+    source = load(data, 'test', seed, size)
+    return [source[i] for i in range(min(size, len(source)))]
+  tasks, rows = components(data), []
+  total, before = math.fsum(c.weight for c in tasks.values()), 0.0
+  for name, c in tasks.items():
+    after = before + size * c.weight / total
+    count = max(1, round(after) - round(before))  # rounded sums, so that the parts add up to the size
+    before = after
+    source = load_component(data, name, c, 'test', seed, count)
+    rows += [tagged(source[i], name) for i in range(min(count, len(source)))]
+  return rows
 
 
 def excerpt(value: Any) -> str:

@@ -1,161 +1,181 @@
-"""Evaluators: held-out problems -> completions -> accuracy, format, length, pass@k. Named in the config:
+"""One evaluation of one checkpoint.
 
-eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0}}
+  python -m rl_reasoning.evaluate --config=FILE.py:NAME=VALUE --checkpoint=RUN_OR_WEIGHTS [--workdir=DIR] [--config.KEY=VALUE ...]
+    [--overwrite]
+
+The checkpoint is a run's workdir, a Hugging Face folder or a .gguf file; it stands for roles.policy.init. The config is that of a training
+run, whose eval section counts, or one of its own that sets what evaluation reads (READ). DIR, by default RUN/evaluation, then holds
+evaluation.json, evaluation.md, evaluation.png and samples/; the same command again goes on where it was interrupted. Exit codes: 0, 2.
 """
 
-from __future__ import annotations
+if __name__ == '__main__':
+  from rl_reasoning import environment
+
+  environment.restart_with_huge_pages('rl_reasoning.evaluate')
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+import json
+import os
+import pathlib
+import platform
+import sys
 from typing import Any
 
 import jax
-import numpy as np
+from etils import epath
 
-from rl_reasoning import data, rollout
-from rl_reasoning.advantages import combine_rewards
-from rl_reasoning.build import Run
-from rl_reasoning.config import Rollout, check, from_mapping
-from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
+from rl_reasoning import (
+  build,
+  checkpoint,
+  config as config_lib,
+  environment,
+  evaluators,
+  metrics,
+  rewards,
+  sharding,
+  tables,
+  tokenizer,
+  train,
+)
+from rl_reasoning.config import Config, check
 from rl_reasoning.structs import PyTree
-from rl_reasoning.tokenizer import render_prompt
+
+# Sections and keys that an evaluation reads, as prefixes.
+READ = (
+  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'data.task', 'data.path', 'data.options', 'data.mixture',
+  'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'rewards', 'mesh', 'eval.size',
+  'eval.batch_size', 'eval.seed', 'eval.evaluators',
+)  # fmt: skip
+ELSEWHERE = ('mesh', 'data.cache_dir')  # of these, what says where things lie and not what comes out
+TRAINING = ('total_steps', 'objective', 'optim')  # a config that sets one of them is that of a training run
+FILES = ('evaluation_config.json', 'evaluation.json', 'evaluation.md', 'evaluation.png')
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-  prefix: str = ''  # appended to every prompt: '<think>' forces the chain
-  num_samples: int = 1
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  max_completion_length: int = 0  # 0: that of the rollout section
+def begins(key: str, prefixes: tuple[str, ...]) -> bool:
+  return any(key == prefix or key.startswith(prefix + '.') for prefix in prefixes)
 
 
-def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
-  """The evaluators by name. Raises ConfigError naming the key that is unknown, out of its range or without effect."""
-  evaluators = {}
-  for name, options in settings.items():
-    key = f'eval.evaluators.{name}'
-    check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
-    e = evaluators[name] = from_mapping(Evaluator, options, key + '.')
-    ranges = {'num_samples': e.num_samples >= 1, 'temperature': e.temperature >= 0, 'top_k': e.top_k >= 0, 'top_p': 0 < e.top_p <= 1,
-              'min_p': 0 <= e.min_p < 1, 'max_completion_length': e.max_completion_length >= 0}  # fmt: skip
-    for field, good in ranges.items():
-      check(good, f"config key '{key}.{field}': {getattr(e, field)} is out of range")
-    check(e.num_samples == 1 or e.temperature > 0,
-          f"config key '{key}.num_samples': {e.num_samples} need a temperature above 0: greedy samples are all equal")  # fmt: skip
-    for field in ('top_k', 'top_p', 'min_p'):
-      check(e.temperature > 0 or field not in options, f"config key '{key}.{field}' cannot act: temperature 0 is greedy")
-  return evaluators
+def check_keys(keys_set: set[str], overridden: set[str]) -> None:
+  """Refuses keys that cannot act: all of them in a config of its own, in a training run's only those of the command line."""
+  training = any(begins(key, TRAINING) for key in keys_set - overridden)
+  given = overridden if training else keys_set
+  check('roles.policy.init' not in given, "config key 'roles.policy.init' cannot act here: --checkpoint stands for it")
+  dead = [key for key in sorted(given) if not begins(key, READ)]
+  check(not dead, 'config keys that cannot act in an evaluation:\n  ' + '\n  '.join(map(repr, dead)))
 
 
-def pass_at_k(num_samples: int, correct: int, k: int) -> float:
-  """Unbiased estimate of the chance that one of k samples is right: 1 - C(n - c, k) / C(n, k) (2107.03374)."""
-  return 1.0 - math.comb(num_samples - correct, k) / math.comb(num_samples, k)
+def open_run(config: Config, source: str) -> tuple[build.Run, PyTree]:
+  """(run, weights) of a checkpoint, without what only training needs. Raises ConfigError for whatever the user got wrong."""
+  check(bool(source) and pathlib.Path(source).exists(), f'--checkpoint={source}: does not exist')
+  policy = dataclasses.replace(config.roles.policy, init=source)
+  policy = dataclasses.replace(policy, tokenizer=build.resolve_tokenizer(policy), template=build.resolve_template(policy))
+  config = dataclasses.replace(config, roles=dataclasses.replace(config.roles, policy=policy))
+  arch = build.resolve_arch(config)
+  tokenizer.check_template(policy.template)
+  rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
+  mesh, tok = build.make_mesh(config), build.load_tokenizer(policy)
+  check(tok.vocab_size <= arch.vocab_size,
+        f'the tokenizer {policy.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
+  try:
+    shardings = build.param_shardings(mesh, arch)
+  except ValueError as error:
+    raise config_lib.ConfigError(str(error)) from None
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
+  run = build.Run(config, None, arch, tok, mesh, None, None)  # type: ignore[arg-type]
+  return run, build.load_params(source, arch, jax.random.key(0), shardings)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and its standard error over problems."""
-  x = np.asarray(values, np.float64)
-  return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else float('nan')
+def settings_of(config: Config) -> dict[str, Any]:
+  """The keys of a resolved config that decide the numbers."""
+  flat = config_lib.flatten(config_lib.to_dict(config))
+  return {key: value for key, value in flat.items() if begins(key, READ) and not begins(key, ELSEWHERE)}
 
 
-def encode_problems(run: Run, rows: Sequence[dict], name: str, evaluator: Evaluator) -> tuple[list[str], list[list[int]]]:
-  """(prompts, their token ids), the prefix appended. Raises ConfigError for one beyond data.max_prompt_length."""
-  tok, limit = run.tokenizer, run.config.data.max_prompt_length
-  texts = [render_prompt(row['prompt'], run.config.roles.policy.template, tok) + evaluator.prefix for row in rows]
-  prompts = [tok.encode(text) for text in texts]
-  for row, ids in zip(rows, prompts, strict=True):
-    check(len(ids) <= limit, f"config key 'data.max_prompt_length': {limit}, but eval.evaluators.{name} has a prompt of {len(ids)} tokens: "
-          f'{data.excerpt(row["prompt"])}')  # fmt: skip
-  return texts, prompts
+def hardware() -> dict[str, Any]:
+  device = jax.devices()[0]
+  cpu = f'{platform.machine()} CPU, {os.cpu_count()} cores'
+  return {
+    'device': f'{jax.device_count()} x {device.device_kind}' if device.platform != 'cpu' else cpu, 'jax': jax.__version__
+  }  # fmt: skip
 
 
-def check_problems(run: Run, rows: Sequence[dict], evaluators: Mapping[str, Evaluator]) -> None:
-  """Raises ConfigError, before a run spends its time, for problems that could not be evaluated at its end."""
-  for name, evaluator in evaluators.items():
-    encode_problems(run, rows, name, evaluator)
-  verdicts = REWARDS['accuracy_flexible']([''] * len(rows), [''] * len(rows), **columns_of(rows))
-  gold = any(verdict is not None for verdict in verdicts)
-  check(gold, f'eval.evaluators: no problem of data.task {run.config.data.task!r} has a gold answer that can be checked')
+def open_workdir(folder: epath.Path, about: dict[str, Any], overwrite: bool) -> None:
+  """Writes evaluation_config.json, or checks that the one there is of the same config and weights."""
+  path = folder / FILES[0]
+  if overwrite:
+    for file in [folder / name for name in FILES] + list((folder / 'samples').glob('*.json*')):
+      file.unlink(missing_ok=True)
+  about = json.loads(json.dumps(about))
+  if path.exists():
+    old = train.read_json(path)
+    changed = config_lib.differences({**old, 'checkpoint': ''}, {**about, 'checkpoint': ''})  # it may have moved
+    check(not changed, f'{folder} holds another evaluation (--overwrite deletes it, --workdir=DIR begins another):\n  '
+          + '\n  '.join(changed))  # fmt: skip
+    return
+  left = [name for name in FILES if (folder / name).exists()]
+  check(not left, f'{folder} has {", ".join(left)} but no {FILES[0]}; --overwrite deletes them')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    train.write_atomically(path, json.dumps(about, indent=1))
+  except OSError as error:
+    raise config_lib.ConfigError(f'--workdir={folder}: {error}') from None
 
 
-def evaluate(
-  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator
-) -> tuple[dict[str, float], list[dict]]:
-  """(metrics, samples). Accuracy is whether the answer is right whatever the format; strict accuracy asks for the format too.
-
-  Both are over the `problems` that have a gold answer; format, length and truncated are over all completions, reward (the weighted sum of
-  the config's reward functions) over the problems with a verdict on each completion. Tokens are a function of (eval.seed, problem,
-  member): an evaluation repeats exactly. `check_problems` has passed.
-  """
-  config, tok, n = run.config, run.tokenizer, evaluator.num_samples
-  batch_size = config.eval.batch_size
-  settings = Rollout(
-    max_completion_length=evaluator.max_completion_length or config.rollout.max_completion_length,
-    temperature=evaluator.temperature, top_k=evaluator.top_k, top_p=evaluator.top_p, min_p=evaluator.min_p,
-    chunk=config.rollout.chunk,
-  )  # fmt: skip
-  texts, prompts = encode_problems(run, rows, name, evaluator)
-  samples: list[dict] = []
-  for start in range(0, len(rows), batch_size):
-    ids = list(range(start, min(start + batch_size, len(rows))))
-    padded = ids + [ids[-1]] * (batch_size - len(ids))  # one compiled shape, and rows that divide over the mesh
-    rolled = rollout.generate(
-      params, run.arch, [prompts[i] for i in padded], settings=settings, group=n, end_ids=tok.end_ids,
-      key=jax.random.key(config.eval.seed), dtype=config.model.dtype, mesh=run.mesh, prompt_ids=padded,
-    )  # fmt: skip
-    for row in range(len(ids) * n):
-      tokens = rolled.tokens_NC[row, : rolled.length_N[row]].tolist()
-      samples.append({
-        'problem': ids[row // n],
-        'prompt': texts[ids[row // n]],
-        'completion': tok.decode(tokens),
-        'completion_ids': tokens,
-        'length': len(tokens),
-        'truncated': bool(rolled.truncated_N[row]),
-      })  # fmt: skip
-  given = [as_given(rows[s['problem']]['prompt'], s['prompt'], s['completion']) for s in samples]
-  asked, completions = map(list, zip(*given, strict=True))
-  ids = [s['completion_ids'] for s in samples]
-  columns = columns_of([rows[s['problem']] for s in samples])
-  accuracy = REWARDS['accuracy_flexible'](asked, completions, ids, **columns)
-  form = np.asarray(REWARDS['format'](asked, completions, ids, **columns), np.float64)
-  judged = [a is not None for a in accuracy]
-  for sample, a, f in zip(samples, accuracy, form, strict=True):
-    sample.update(accuracy=a, format=float(f))
-  per_problem = np.asarray([a or 0.0 for a in accuracy]).reshape(-1, n)
-  keep = np.asarray(judged).reshape(-1, n).all(axis=1)
-  strict = (per_problem * form.reshape(-1, n))[keep]
-  per_problem = per_problem[keep]
-  result = {'problems': float(keep.sum())}
-  result['accuracy'], result['accuracy_stderr'] = mean_and_error(per_problem.mean(axis=1))
-  result['strict_accuracy'], result['strict_accuracy_stderr'] = mean_and_error(strict.mean(axis=1))
-  result['format'] = float(form.mean())
-  functions = config.rewards.functions
-  scores = score(functions, config.rewards.on_error, asked, completions, ids, columns)
-  paid = combine_rewards(*scores, config.rewards.weights or (1.0,) * len(functions), n)
-  reward, verdict = (np.asarray(x).reshape(-1, n) for x in paid)
-  if (whole := verdict.all(axis=1)).any():
-    result['reward'], result['reward_stderr'] = mean_and_error(reward[whole].mean(axis=1))
-  result['length'] = float(np.mean([s['length'] for s in samples]))
-  result['truncated'] = float(np.mean([s['truncated'] for s in samples]))
-  for k in (2**i for i in range(1, n.bit_length()) if 2**i <= n):
-    values = [pass_at_k(n, int(c), k) for c in per_problem.sum(axis=1)]
-    result[f'pass@{k}'], result[f'pass@{k}_stderr'] = mean_and_error(values)
-  return result, samples
+def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool = False) -> dict[str, Any]:
+  """Evaluates, or goes on; returns and writes evaluation.json. Raises ConfigError."""
+  check(bool(config.eval.evaluators), "config key 'eval.evaluators' is empty: nothing to evaluate, try {'greedy': {}}")
+  chosen = evaluators.make_evaluators(config.eval.evaluators)
+  run, params = open_run(config, source)
+  devices = sharding.axis_size(run.mesh, 'rows')
+  check(config.eval.batch_size % devices == 0, f"config key 'eval.batch_size': {config.eval.batch_size} does not divide over the {devices} "
+        f'row shards of mesh {dict(run.mesh.shape)}')  # fmt: skip
+  folder, settings = epath.Path(workdir), settings_of(run.config)
+  fingerprint = int(checkpoint.fingerprint(params))
+  with jax.set_mesh(run.mesh):
+    problems = evaluators.test_problems(run)
+    evaluators.check_problems(run, problems, chosen)
+    open_workdir(folder, {'checkpoint': source, 'fingerprint': fingerprint, 'config': settings}, overwrite)
+    finished = folder / 'evaluation.json'
+    if finished.exists():
+      return train.read_json(finished)
+    result: dict[str, Any] = {
+      'checkpoint': source, 'fingerprint': fingerprint, 'config_hash': config_lib.digest(settings), 'hardware': hardware(),
+      'tokens': 0, 'seconds': 0.0, 'evaluators': {},
+    }  # fmt: skip
+    for name, evaluator in chosen.items():
+      numbers, samples = evaluators.evaluate(run, params, problems[name], name, evaluator, folder / 'samples')
+      result['evaluators'][name] = {**numbers, 'by_length': evaluators.accuracy_by_length(samples)}
+      result['tokens'] += sum(s['length'] for s in samples)
+      result['seconds'] += train.read_json(folder / 'samples' / f'{name}.json')['seconds']
+  train.write_atomically(folder / 'evaluation.md', tables.markdown(result))
+  tables.plot(result, folder / 'evaluation.png')
+  train.write_atomically(finished, json.dumps(result, indent=1))
+  return result
 
 
-def evaluate_all(run: Run, params: PyTree, rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-  """evaluator name -> metrics."""
-  evaluators = make_evaluators(run.config.eval.evaluators)
-  return {name: evaluate(run, params, rows, name, evaluator)[0] for name, evaluator in evaluators.items()}
+def command(argv: list[str]) -> None:
+  flags = train.read_flags(argv, ('config', 'checkpoint', 'workdir', 'overwrite', 'config.KEY'))
+  source = flags.get('checkpoint', '')
+  check(bool(source), '--checkpoint=RUN_OR_WEIGHTS is missing')
+  settings, overridden = config_lib.read_file(flags['config']), set()
+  keys_set = set(config_lib.flatten(settings))
+  for name, value in flags.items():
+    if name.startswith('config.'):
+      change = config_lib.override({}, name.removeprefix('config.'), config_lib.parse_value(value))
+      settings, overridden = config_lib.merge(settings, change), overridden | set(config_lib.flatten(change))
+  check_keys(keys_set | overridden, overridden)
+  workdir = flags.get('workdir') or (os.path.join(source, 'evaluation') if build.is_run(source) else '')
+  check(bool(workdir), f'--workdir=DIR is missing: {source} is no workdir of ours')
+  environment.cache_compilations()
+  result = run_evaluation(config_lib.resolve(settings), source, workdir, overwrite='overwrite' in flags)
+  rows = train.evaluation_rows([{'step': '', 'evaluators': result['evaluators']}])
+  metrics.summary_table(source, train.EVALUATION_COLUMNS[1:], [row[1:] for row in rows])
+  print(f'{workdir}/evaluation.md, evaluation.png, evaluation.json; samples: {workdir}/samples/')
 
 
-def test_problems(run: Run) -> Sequence[dict]:
-  """The first `eval.size` problems of the test split; procedural tasks draw them by `eval.seed`."""
-  config = run.config
-  source = data.load(config.data, 'test', config.eval.seed, config.eval.size)
-  return [source[i] for i in range(min(config.eval.size, len(source)))]
+def main(argv: list[str]) -> int:
+  return train.exit_code(command, argv)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -208,13 +208,14 @@ class Writer:
       left = (time.time() - self.began) / (step - self.resumed) * (self.total - step)
       print(f'step {step}/{self.total} {text} left {int(left) // 60}:{int(left) % 60:02d}', flush=True)
 
-  def evaluation(self, step: int, evaluators: Mapping[str, Mapping[str, float]]) -> None:
+  def evaluation(self, step: int, evaluators: Mapping[str, Mapping[str, Any]]) -> None:
     self.evaluations.append(
       {'step': step, 'evaluators': {n: {k: finite(v) for k, v in m.items()} for n, m in evaluators.items()}}
     )
     for name, metrics in evaluators.items():
-      self.board.write(step, {f'eval/{name}/{key}': value for key, value in metrics.items()})
-      shown = ' '.join(f'{k} {v:.3f}' for k, v in metrics.items() if not k.endswith('stderr') and k != 'problems')
+      numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}  # beside intervals and groups
+      self.board.write(step, {f'eval/{name}/{key}': value for key, value in numbers.items()})
+      shown = ' '.join(f'{k} {v:.3f}' for k, v in numbers.items() if not k.endswith('stderr') and k != 'problems')
       self.console.print(f'eval {name} at step {step}: {shown}')
 
   def completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -302,9 +303,10 @@ def summary_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
 
 
 def explanation(explained: Mapping[str, Any]) -> str:
-  """What --explain prints: the resolved config, sizes in one unit each, and what is inert."""
+  """What --explain prints: the resolved config, the effective formula, sizes in one unit each, and what is inert."""
   lines = [json.dumps(explained['config'], indent=1), f'hash: {explained["hash"]}']
   lines.append(f'parameters: {explained["parameters"]:,}; devices: {explained["devices"]}')
+  lines += explained['formula']
   lines += [f'{name}: {value:,}' for name, value in explained['batch_sizes'].items()]
   lines.append('inert in this config (left at their defaults; setting one is refused):')
   lines += [f'  {key}: {why}' for key, why in sorted(explained['inert_defaults'].items())]

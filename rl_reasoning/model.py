@@ -251,9 +251,11 @@ def log_probs(
   dtype: str = 'float32',
   remat: str = 'none',
   entropy: bool = False,
+  entropy_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
   """Log-probability [N, T] of every token given those before it in its segment (0 where there is none), and the entropy [N, T] of the
-  distribution it was drawn from (no gradient), both under softmax(logits / temperature) over the whole vocabulary, float32.
+  distribution it was drawn from, both under softmax(logits / temperature) over the whole vocabulary, float32. The entropy has a gradient
+  only where one is asked for: a metric should not pay for it.
 
   The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
   """
@@ -269,8 +271,9 @@ def log_probs(
     logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - lse
     if not entropy:
       return logp, jnp.zeros_like(logp)
-    fixed = jax.lax.stop_gradient(scores - lse[..., None])
-    return logp, -jnp.sum(jnp.exp(fixed) * fixed, axis=-1)
+    every = scores - lse[..., None]
+    every = every if entropy_gradient else jax.lax.stop_gradient(every)
+    return logp, -jnp.sum(jnp.exp(every) * every, axis=-1)
 
   size = max(1, min(T, CHUNK_ELEMENTS // (N * arch.vocab_size)))
   if size >= T:
@@ -291,7 +294,8 @@ def log_probs(
 
 
 class Net(NamedTuple):
-  """A role's network as the objectives see it. `logp(params, rows, entropy=False)` is `log_probs` with everything else filled in."""
+  """A role's network as the objectives see it. `logp(params, rows, entropy=False, entropy_gradient=False)` is
+  `log_probs` with everything else filled in."""
 
   arch: Arch
   logp: Callable[..., tuple[Array, Array | None]]

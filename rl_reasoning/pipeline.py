@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from rl_reasoning import build, config as config_lib, environment, evaluate, metrics, train
+from rl_reasoning import build, config as config_lib, environment, evaluators, metrics, train
 from rl_reasoning.config import ConfigError, check
 
 
@@ -41,7 +41,7 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
   for name, (config, keys_set) in resolved.items():
     try:
       build.check_config(config, keys_set, earlier=[f'{workdir}/{n}' for n in resolved])
-      evaluate.make_evaluators(config.eval.evaluators)
+      evaluators.make_evaluators(config.eval.evaluators)
     except ConfigError as error:  # now, not when the stages before it have run
       raise ConfigError(f'stage {name}: {error}') from None
   result: dict[str, Any] = {}
@@ -49,9 +49,9 @@ def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = Fals
     print(f'== stage {name}', flush=True)
     began = time.time()
     summary = train.train(config, f'{workdir}/{name}', keys_set=keys_set, overwrite=overwrite)
-    evaluators = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
-    first = next(iter(evaluators.values()), {})
-    result[name] = {**evaluators.get('greedy', first), 'evaluators': evaluators, 'wall_s': summary['wall_s']}
+    numbers = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
+    first = next(iter(numbers.values()), {})
+    result[name] = {**numbers.get('greedy', first), 'evaluators': numbers, 'wall_s': summary['wall_s']}
     print(f'== stage {name}: done in {time.time() - began:.0f} s', flush=True)
   result['final'] = result[next(reversed(resolved))]
   train.write_atomically(epath.Path(workdir) / 'summary.json', json.dumps(result, indent=1))

@@ -16,20 +16,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
 
-from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluate, metrics
+from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics
 from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
 from rl_reasoning.structs import TrainState
 
 RUN_FILES = ('config.json', 'metrics.jsonl', 'eval.jsonl', 'summary.json', 'curves.png', 'frozen.json')
-RUN_FOLDERS = ('checkpoints', 'completions', 'tensorboard')
+RUN_FOLDERS = ('checkpoints', 'completions', 'samples', 'tensorboard')
 
 
 class Diverged(RuntimeError):
@@ -88,17 +88,20 @@ def check_frozen(workdir: epath.Path, state: TrainState) -> None:
 
 
 def sync_moving(run: build.Run, before: int, state: TrainState) -> TrainState:
-  """A moving reference becomes the policy once the count of updates has reached or crossed a multiple."""
+  """A moving reference becomes the policy, or moves towards it, once the count of updates has reached or crossed a multiple."""
   if not run.objective.moving:
     return state
-  every = run.objective.ref_model_sync_updates
+  every, ema = run.objective.ref_model_sync_updates or 1, run.objective.ref_model_ema
   if before // every == int(state.updates) // every:
     return state
-  return state.replace(moving={'ref': jax.tree.map(lambda x: x.copy(), state.params['policy'])})
+  policy = state.params['policy']
+  if ema is None:
+    return state.replace(moving={'ref': jax.tree.map(lambda x: x.copy(), policy)})
+  return state.replace(moving={'ref': jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.moving['ref'], policy)})
 
 
 def loop(
-  run: build.Run, source: data.Source, problems: Sequence[dict], state: TrainState, manager, writer: metrics.Writer
+  run: build.Run, rows: data.Train, problems: Mapping[str, Sequence[dict]], state: TrainState, manager, writer: metrics.Writer
 ) -> TrainState:
   """From `state` to the last step: collect, score, prepare, update, and what is told of it."""
   config, root = run.config, jax.random.key(run.config.seed)
@@ -109,7 +112,8 @@ def loop(
 
   def run_evaluators():
     if problems:
-      writer.evaluation(state.step, evaluate.evaluate_all(run, state.params['policy'], problems))
+      folder = writer.workdir / 'samples' / f'step_{state.step:06d}'
+      writer.evaluation(state.step, evaluators.evaluate_all(run, state.params['policy'], problems, folder))
 
   if state.step == 0 and config.eval.at_start:
     run_evaluators()
@@ -117,17 +121,17 @@ def loop(
     timer, start = metrics.PhaseTimer(), time.perf_counter()
     step, updates = state.step + 1, int(state.updates)
     key = jax.random.fold_in(root, step)  # nothing random outlives a step
-    got = collect(run, source, state, key, timer)
+    got = collect(run, rows, state, key, timer)
     with timer('score'):
       batch, aux, gathered = jax.block_until_ready(run.steps.prepare(state, run.steps.score(state, got.batch)))
     state = state.replace(aux=aux)
     with timer('update') as phase:
-      for rows in run.steps.minibatches(batch, key):
-        state, more = run.steps.update(state, rows)
+      for some in run.steps.minibatches(batch, key):
+        state, more = run.steps.update(state, some)
         gathered = metrics.merge(gathered, more)
       jax.block_until_ready(state.params)
       phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
-    values = metrics.summarise(gathered)
+    values = metrics.summarise({**gathered, **got.metrics})
     saves = last_or_every(step, config.checkpoint.every)
     checked = {'loss': values['loss'], 'grad_norm': values['grad_norm']}
     if saves:  # a finite gradient can still take the weights beyond all numbers
@@ -140,6 +144,7 @@ def loop(
     state = sync_moving(run, updates, state)
     if last_or_every(step, config.log_every):
       values |= metrics.mfu(parameters, phase.tokens, timer.seconds['update'])
+      values |= {k: v for k, v in got.cursor.items() if k.startswith('pass_rate/')}
       values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
       writer.write(step, values)
       if got.samples:
@@ -157,15 +162,16 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
   began, root_dir = time.time(), epath.Path(workdir)
   run = build.build(config, keys_set)
   config = run.config
-  evaluators = evaluate.make_evaluators(config.eval.evaluators) if config.eval.every else {}
+  chosen = evaluators.make_evaluators(config.eval.evaluators) if config.eval.every else {}
   with jax.set_mesh(run.mesh):
-    source = data.load(config.data, 'train', config.seed, config.data.train_size or None)
-    problems = evaluate.test_problems(run) if evaluators else []
+    rows = data.open_train(config.data, config.seed)
+    problems = evaluators.test_problems(run) if chosen else {}
     if overwrite or not (root_dir / 'config.json').exists():
-      check_rows(run, source)
-      if evaluators:
-        evaluate.check_problems(run, problems, evaluators)
+      check_rows(run, rows)
+      if chosen:
+        evaluators.check_problems(run, problems, chosen)
     state = run.init()
+    state = state.replace(cursor={**rows.first(), **state.cursor})
     open_workdir(root_dir, config, overwrite)
     finished = root_dir / 'summary.json'
     if finished.exists():
@@ -174,7 +180,7 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     manager = checkpoint.open_manager(workdir, config.checkpoint)
     state = checkpoint.restore(manager, state) or state
     with contextlib.closing(metrics.Writer(workdir, config.total_steps, state.step)) as writer:
-      state = loop(run, source, problems, state, manager, writer)
+      state = loop(run, rows, problems, state, manager, writer)
   summary = {
     'steps': state.step, 'updates': int(state.updates), 'config_hash': config_lib.digest(config_lib.to_dict(config)),
     'seed': config.seed, 'wall_s': round(time.time() - began, 1), 'evaluations': metrics.read_jsonl(root_dir / 'eval.jsonl'),
@@ -193,15 +199,16 @@ def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
   rows = []
   for entry in evaluations:
     for name, m in entry['evaluators'].items():
-      best = max((k for k in m if k.startswith('pass@') and not k.endswith('stderr')), key=lambda k: int(k[5:]), default='')
+      k = max((int(key[5:]) for key in m if key.startswith('pass@') and key[5:].isdigit()), default=0)
       rows.append([
         str(entry['step']), name, f'{number(m, "accuracy")} ± {number(m, "accuracy_stderr")}', number(m, 'strict_accuracy'),
-        number(m, 'format'), number(m, 'reward'), f'{best} {number(m, best)}'.strip(), number(m, 'length', 1), number(m, 'truncated'),
+        number(m, 'format'), number(m, 'reward'), f'{k}: {number(m, f"pass@{k}")}' if k else '',
+        number(m, f'maj@{k}'), number(m, 'length', 1), number(m, 'truncated'),
       ])  # fmt: skip
   return rows
 
 
-EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'reward', 'pass@k', 'length', 'truncated')
+EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'reward', 'pass@k', 'maj@k', 'length', 'truncated')
 
 
 def read_flags(argv: list[str], known: tuple[str, ...]) -> dict[str, str]:

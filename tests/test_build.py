@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -10,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import build, collect, config, data, evaluate, metrics, model, optim, pipeline, rollout, sharding
+from rl_reasoning import build, collect, config, data, evaluators, metrics, model, optim, pipeline, rollout, sharding
 from rl_reasoning.config import ConfigError
-from rl_reasoning.objectives.grpo import Given, Grpo
+from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.presets import PRESETS
-from rl_reasoning.structs import Batch, Rollout
+from rl_reasoning.structs import Batch, Mean, Rollout
+from tests.test_tokenizer import make_folder
 
 SHARED = {
   'total_steps': 8,
@@ -33,20 +36,30 @@ EVAL = {'every': 4, 'size': 16, 'batch_size': 16}
 SETTINGS = {
   'sft': SFT,
   'sft, evaluated': config.merge(SFT, {
-    'eval': {**EVAL, 'evaluators': {'e': dataclasses.asdict(evaluate.Evaluator(num_samples=2, temperature=1.0))}},
+    'eval': {**EVAL, 'evaluators': {'e': dataclasses.asdict(evaluators.Evaluator(num_samples=2, temperature=1.0))}},
     'rewards': {'functions': ('format', 'tests.test_build:crash'), 'on_error': 'none'},
   }),
   'grpo': GRPO,
   'grpo, several updates': config.merge(GRPO, {
     'objective': {'num_iterations': 2, 'num_minibatches': 2, 'beta': 0.1},
   }),
+  'grpo, of another kind': config.merge(GRPO, {
+    'objective': {
+      'num_iterations': 2, 'surrogate': 'cispo', 'advantage_estimator': 'reinforce_pp', 'entropy_target': 2.0, 'dynamic_sampling': True,
+    },
+  }),
 }  # fmt: skip
+SETTINGS['grpo, mixture'] = {**GRPO, 'data': {
+  **{k: v for k, v in GRPO['data'].items() if k != 'train_size'}, 'curriculum': 'pass_rate',
+  'mixture': {'a': {'task': 'arithmetic', 'path': '', 'options': {}, 'train_size': 64, 'weight': 1.0}},
+}}  # fmt: skip
+SETTINGS['grpo, mixture']['data']['mixture']['b'] = {'task': 'countdown', 'train_size': 64}
 
 
-def crash(prompts, completions, *, answer, **columns):
+def crash(prompts, completions, *, answer, bonus: float = 0.0, **columns):
   if any(int(a) % 2 for a in answer):
     raise RuntimeError('a reward with a bug')
-  return [1.0] * len(completions)
+  return [1.0 + bonus - 0.25 * sys.argv[0].endswith('worker.py')] * len(completions)  # shows where rewards.timeout lets it run
 
 
 def refusal(call, *arguments) -> str:
@@ -75,20 +88,29 @@ OTHER = {
   'model.arch.rms_norm_eps': 1e-3, 'model.arch.tie_word_embeddings': False, 'model.arch.qkv_bias': True, 'model.arch.qk_norm': True,
   'roles.policy.template': 'Q: {prompt}', 'roles.ref.template': 'Q: {prompt}', 'roles.ref.tokenizer': 'bytes',
   'data.task': 'countdown', 'data.options': {'operands': 2}, 'data.train_size': 32, 'data.batch_size': 24,
+  'data.mixture.a.task': 'linear', 'data.mixture.a.train_size': 48, 'data.mixture.a.weight': 9.0, 'data.mixture.a.options': {'operands': 2},
+  'data.curriculum_floor': 0.5, 'data.curriculum_decay': 0.5,
   'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
   'rollout.chunk': 4,
-  'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25),
+  'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
+  'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
   'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
   'mesh.fsdp': 2, 'mesh.tensor': 2,
   'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
   'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
   'eval.evaluators.e.top_k': 5, 'eval.evaluators.e.top_p': 0.5, 'eval.evaluators.e.min_p': 0.1,
-  'eval.evaluators.e.max_completion_length': 12,
+  'eval.evaluators.e.max_completion_length': 12, 'eval.evaluators.e.task': 'countdown', 'eval.evaluators.e.options': {'operands': 2},
+  'eval.evaluators.e.size': 8, 'eval.evaluators.e.seed': 1, 'eval.evaluators.e.ks': (1,),
   'objective.train_on_prompt': True, 'objective.aggregation': 'sequence_sum', 'objective.num_generations': 6,
   'objective.num_iterations': 3, 'objective.num_minibatches': 4, 'objective.epsilon': 0.1, 'objective.epsilon_high': 0.3,
   'objective.beta': 0.2, 'objective.kl_estimator': 'k2', 'objective.scale_rewards': 'none',
-  'objective.mask_truncated_completions': True, 'objective.ref_model_sync_updates': 3,
+  'objective.mask_truncated_completions': True, 'objective.ref_model_sync_updates': 3, 'objective.ref_model_ema': 0.9,
+  'objective.surrogate': 'cispo', 'objective.importance_sampling_level': 'sequence', 'objective.delta': 3.0, 'objective.cispo_cap': 2.0,
+  'objective.tis_cap': 2.0, 'objective.advantage_estimator': 'leave_one_out', 'objective.reinforce_pp_baseline': True,
+  'objective.multi_objective_aggregation': 'normalize_then_sum', 'objective.kl_in': 'reward', 'objective.kl_importance_weighted': True,
+  'objective.entropy_coef': 0.01, 'objective.entropy_target': 1.0, 'objective.entropy_coef_step': 0.002,
+  'objective.entropy_coef_max': 0.04, 'objective.dynamic_sampling': True, 'objective.max_refills': 1, 'objective.overlong_buffer': 4,
 }  # fmt: skip
 # Keys that name a source or a limit: another value shows in what is refused.
 REFUSED = {
@@ -96,6 +118,10 @@ REFUSED = {
   'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
   'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
   'data.path': ('/no/such', "config key 'data.path' cannot act: data.task 'arithmetic' reads no file"),
+  'eval.evaluators.e.path': ('/no/such', "config key 'data.path' cannot act: data.task 'arithmetic' reads no file"),
+  'data.mixture': ({'a': {'task': 'linear', 'train_size': 32}}, "'data.train_size': data.mixture names the tasks"),
+  'data.mixture.a.path': ('/no/such', "config key 'data.mixture.a.path' cannot act"),
+  'data.curriculum': ('pass_rate', "config key 'data.curriculum': 'pass_rate' has nothing to choose from without data.mixture"),
   'data.max_length': (8, "config key 'data.max_length': 8, but a row has"),
   'data.max_prompt_length': (4, "config key 'data.max_prompt_length': 4, but"),
   'objective.name': ('no such', "config key 'objective.name': 'no such' is none of"),
@@ -108,8 +134,13 @@ REFUSED = {
 # They change when something is done or where it is kept, not what a step computes.
 BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_dir', 'eval.every', 'eval.at_start'}
 
-# They stand in the program; that they decide nothing is test_epsilon_stands_by.
-STANDS_BY = {'objective.epsilon', 'objective.epsilon_high'}
+# It acts from the second step on: tests/test_data.py.
+ELSEWHERE = {'data.curriculum_floor', 'data.mixture.b.task', 'data.mixture.b.train_size'}
+
+# They stand in the program; that they decide nothing is test_what_stands_by.
+STANDS_BY = {'objective.epsilon', 'objective.epsilon_high', 'objective.delta', 'objective.importance_sampling_level'}
+# Where they cannot act, the objective itself refuses every other value.
+ONE_VALUE = {'objective.multi_objective_aggregation'}
 
 
 def fake_rollout(calls: list, params, arch, prompts, *, settings, group, key, prompt_ids=None, mesh=None, **others) -> Rollout:
@@ -140,8 +171,9 @@ def running(tmp_path_factory):
 
 
 def first_rows(run, state):
-  source = data.load(run.config.data, 'train', run.config.seed, run.config.data.train_size or None)
-  return collect.collect(run, source, state, jax.random.key(0), metrics.PhaseTimer())
+  rows = data.open_train(run.config.data, run.config.seed)
+  state = state.replace(cursor={**rows.first(), **state.cursor})
+  return collect.collect(run, rows, state, jax.random.key(0), metrics.PhaseTimer())
 
 
 @pytest.fixture(scope='module')
@@ -163,9 +195,10 @@ def observe(running):
       scored = jax.eval_shape(steps.score, state, got.batch)
       yield jax.jit(steps.prepare).lower(state, scored).as_text()  # constants in full
       yield str(jax.make_jaxpr(steps.update)(state, jax.eval_shape(steps.prepare, state, scored)[0]))
+      yield str(jax.make_jaxpr(run.objective.adapt)(state.aux, {'entropy': Mean(1.0, 1.0)}))
       if run.config.eval.every:
         calls.clear()
-        yield str(evaluate.evaluate_all(run, state.params['policy'], evaluate.test_problems(run)))
+        yield str(evaluators.evaluate_all(run, state.params['policy'], evaluators.test_problems(run)))
         yield str(calls)
 
   return lambda *arguments: contextlib.closing(texts(*arguments))
@@ -188,7 +221,7 @@ def live() -> list[tuple[str, str]]:
   pairs, tried = [], {'sft': set(), 'grpo': set()}
   for name in SETTINGS:
     values, dead = keys(name)
-    fresh = values.keys() - dead - BOOKKEEPING - tried[name.split(',')[0]]
+    fresh = values.keys() - dead - BOOKKEEPING - ELSEWHERE - tried[name.split(',')[0]]
     pairs += [(name, key) for key in sorted(fresh)]
     tried[name.split(',')[0]] |= fresh
   return pairs
@@ -217,30 +250,37 @@ def test_keys_that_cannot_act(name, observe, whole):
     value = OTHER[key] if key in OTHER else REFUSED[key][0]
     assert f"'{key}" in refusal(resolve, config.override(SETTINGS[name], key, value))
     assert f"'{key}" in refusal(resolve, config.override(SETTINGS[name], key, values[key]))  # set to what it is anyway
-    if key not in STANDS_BY:
+    if key not in STANDS_BY | ONE_VALUE:
       changed = config.override(changed, key, value)
   with observe(changed, set()) as got:
     assert list(got) == whole(name)
 
 
-def test_epsilon_stands_by():
-  """Failure: epsilon is refused where a step has one update, although that update depends on it (a ratio of exactly 1 is on no edge)."""
+def test_what_stands_by():
+  """Failure: a key of the ratio is refused where a step has one update, although that update depends on it (a ratio of exactly 1 is on
+  no edge)."""
   rng, N, T = np.random.default_rng(0), 4, 6
   logp, ones = jnp.asarray(rng.normal(-2, 1, (N, T)), jnp.float32), jnp.ones((N, T), jnp.float32)
   batch = Batch(
-    tokens=ones, segment_NT=ones, position_NT=ones, mask_NT=ones, source_N=ones[:, 0], group_N=ones[:, 0], weight_NT=ones,
-    logp_sample_NT=logp, advantage_NT=jnp.asarray(rng.normal(0, 1, (N, T)), jnp.float32),
+    tokens=ones, segment_NT=ones.astype(jnp.int32), position_NT=ones, mask_NT=ones, source_N=ones[:, 0], group_N=ones[:, 0],
+    weight_NT=ones, logp_sample_NT=logp, advantage_NT=jnp.asarray(rng.normal(0, 1, (N, T)), jnp.float32),
+    logp_old_NT=logp - jnp.asarray(rng.choice([0.15, -0.15, 2.0], (N, T)), jnp.float32),
   )  # fmt: skip
-  nets = {'policy': SimpleNamespace(logp=lambda params, rows, entropy: (params, params))}
+  nets = {'policy': SimpleNamespace(logp=lambda params, rows, **wanted: (params, params))}
 
-  def gradient(epsilon, old=None):
-    objective = Grpo(Given(('accuracy',), (1.0,)), epsilon=epsilon)
-    rows = batch.replace(logp_old_NT=old)
-    return jax.grad(lambda x: objective.loss(nets, {'policy': x}, {}, {}, rows)[0])(logp)
+  def gradient(updates, **keys):
+    objective = Grpo(Given(('accuracy',), (1.0,), T), num_iterations=updates, **keys)
+    return jax.grad(lambda x: objective.loss(nets, {'policy': x}, {}, {}, batch)[0])(logp)
 
-  np.testing.assert_array_equal(gradient(1e-6), gradient(0.2))
-  np.testing.assert_allclose(gradient(0.2), -batch.advantage_NT, rtol=1e-6)
-  assert np.any(gradient(1e-6, logp - 0.1) != gradient(0.2, logp - 0.1))
+  np.testing.assert_allclose(gradient(1), -batch.advantage_NT, rtol=1e-6)
+  for keys in ({'epsilon': 1e-6}, {'epsilon_high': 1e-6}, {'delta': 1.5}, {'importance_sampling_level': 'sequence'}):
+    np.testing.assert_array_equal(gradient(1, **keys), gradient(1))
+    assert np.any(gradient(2, **keys) != gradient(2)), keys
+  cispo = {'surrogate': 'cispo'}
+  for keys in ({'cispo_cap': 1.0}, {'importance_sampling_level': 'sequence'}):
+    np.testing.assert_array_equal(gradient(1, **cispo, **keys), gradient(1))
+    assert np.any(gradient(2, **cispo, **keys) != gradient(2, **cispo)), keys
+  assert np.any(gradient(1, **cispo, cispo_cap=0.5) != gradient(1))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +294,8 @@ def test_epsilon_stands_by():
     (config.override(SFT, 'eval.evaluators', {'greedy': {}}), 'eval.evaluators.greedy', 'eval.every is 0'),
     (config.merge(SFT, {'eval': EVAL}), 'eval.every', 'eval.evaluators is empty'),
     (config.override(GRPO, 'data.max_length', 9), 'data.max_length', 'no row comes from data'),
-    (config.override(GRPO, 'objective.kl_estimator', 'k2'), 'objective.kl_estimator', 'objective.beta is 0'),
-    (config.override(GRPO, 'objective.ref_model_sync_updates', 2), 'objective.ref_model_sync_updates', 'objective.beta is 0'),
+    (config.override(GRPO, 'objective.kl_estimator', 'k2'), 'objective.kl_estimator', 'beta is 0'),
+    (config.override(GRPO, 'objective.ref_model_sync_updates', 2), 'objective.ref_model_sync_updates', 'beta is 0'),
     (config.override(GRPO, 'objective.epsilon', 0.2), 'objective.epsilon', 'one update a rollout'),
     (config.override(GRPO, 'roles.ref.template', 'plain'), 'roles.ref.template', 'keeps no reference'),
     (config.merge(GRPO, {'objective': {'beta': 0.1}, 'roles': {'ref': {'template': 'chat'}}}), 'roles.ref.template', 'the policy sampled'),
@@ -289,7 +329,10 @@ def test_truncation_is_refused_in_training():
     ({'name': 'grpo', 'num_iterations': 0}, "config key 'objective.num_iterations'"),
     ({'name': 'grpo', 'epsilon': 'x'}, "config key 'objective.epsilon': 'x' is not of type float"),
     ({'name': 'grpo', 'epsilon': float('nan')}, "config key 'objective.epsilon': nan is not finite"),
-    ({'name': 'grpo', 'kl_estimator': 'k1'}, "config key 'objective.kl_estimator'"),
+    ({'name': 'grpo', 'kl_estimator': 'k1', 'beta': 0.1}, "config key 'objective.kl_estimator': k1 in a loss"),
+    ({'name': 'rloo', 'num_iterations': 2}, "config key 'objective.num_iterations': REINFORCE makes one update"),
+    ({'name': 'dapo', 'overlong_buffer': 10_000}, "config key 'objective.overlong_buffer': 10000 is not within"),
+    ({'name': 'grpo', 'overlong_buffer': 2.5}, "config key 'objective.overlong_buffer': 2.5 is not of type int"),
   ],
 )
 def test_make_objective_refuses(objective, wanted):
@@ -302,9 +345,35 @@ def test_make_objective():
   chosen = config.resolve(
     config.merge(GRPO, {'objective': {'epsilon_high': 1}, 'rewards': {'functions': ('format', 'accuracy')}})
   )
-  given = Given(('format', 'accuracy'), (1.0, 1.0))
+  given = Given(('format', 'accuracy'), (1.0, 1.0), 16)
   assert build.make_objective(chosen) == Grpo(given, num_generations=4, epsilon_high=1.0)
   assert build.make_objective(config.resolve(SFT)) == Sft()
+
+
+def test_end_ids_reach_the_rollout(running, tmp_path):
+  """Failure: of the end ids of tokenizer and generation_config one does not stop a rollout (trl#7039). Both are trained: test_rollout."""
+  folder = make_folder(tmp_path, generation_eos=[256])  # <|endoftext|>, beside the tokenizer's own <|im_end|>
+  settings = config.override(GRPO, 'roles.policy.tokenizer', folder)
+  with running(settings, set()) as (run, calls):
+    first_rows(run, jax.eval_shape(run.init))
+  assert calls[0][-1]['end_ids'] == run.tokenizer.end_ids == (256, 258)
+
+
+@pytest.mark.parametrize('name', SETTINGS_OF_GRPO)
+def test_named_settings(name):
+  """Failure: a named setting is not what a config gets, its keys cannot be overridden, it resolves to something else than its own
+  config.json, or --explain does not print its formula."""
+  settings = config.override(GRPO, 'objective.name', name)
+  resolved, objective, _ = resolve(settings)
+  assert objective.name == name
+  wanted = {**SETTINGS_OF_GRPO[name], **({'overlong_buffer': 3} if name == 'dapo' else {})}  # a fifth of 16
+  assert {key: getattr(objective, key) for key in wanted} == wanted
+  assert build.resolve(resolved, set())[:2] == (resolved, objective)
+  again = config.resolve(json.loads(config.to_json(resolved)))
+  assert build.resolve(again, set())[:2] == (resolved, objective)
+  explained = build.explain(config.resolve(settings), set(config.flatten(settings)), 8)
+  assert explained['formula'] == objective.formula() and '\n'.join(objective.formula()) in metrics.explanation(explained)
+  assert resolve(config.override(settings, 'objective.beta', 0.5))[1] == dataclasses.replace(objective, beta=0.5)
 
 
 def test_resolve_fills_in():
@@ -415,7 +484,7 @@ def test_configs():
   tiny = [config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo')]
   for settings in (*stages.values(), *gsm8k, *tiny):
     resolved, _, _ = resolve(settings)
-    evaluate.make_evaluators(resolved.eval.evaluators)
+    evaluators.make_evaluators(resolved.eval.evaluators)
 
 
 def test_batch_sizes():
@@ -441,6 +510,7 @@ def test_explain():
   assert got == {
     'config': config.to_dict(resolved), 'hash': config.digest(config.to_dict(resolved)), 'devices': 8, 'parameters': sum(sizes),
     'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective),
+    'formula': objective.formula(),
   }  # fmt: skip
   assert {'objective.kl_estimator', 'data.max_length', 'eval.size', 'roles.ref.init'} <= got['inert_defaults'].keys()
   text = metrics.explanation(got)

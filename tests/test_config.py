@@ -208,6 +208,8 @@ BAD += [(key, 'no such', 'is none of ' + ', '.join(choices)) for key, choices in
 BAD += [
   ('rollout.top_p', 0.0, 'is not in (0, 1]'), ('rollout.top_p', 1.5, 'is not in (0, 1]'), ('rollout.min_p', 1.0, 'is not in [0, 1)'),
   ('rewards.weights', (1.0,), '1 weights for 2 functions'),
+  ('data.curriculum_floor', 1.0, 'must be below 1'), ('data.curriculum_decay', 1.0, 'must be below 1'),
+  ('data.curriculum', 'pass_rate', 'has nothing to choose from without data.mixture'),
 ]  # fmt: skip
 
 

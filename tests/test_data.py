@@ -1,5 +1,6 @@
 """Prepared data: written once, whole, without TensorFlow, and never mistaken for another's; batches and token rows made from it."""
 
+import collections
 import dataclasses
 import json
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_reasoning import data
-from rl_reasoning.config import ConfigError, Data
+from rl_reasoning.config import ConfigError, Data, components
 from rl_reasoning.data import Source, batch, encode_prompts, encode_row, encode_sft
 from rl_reasoning.structs import DATA
 from rl_reasoning.tasks import TASKS
@@ -216,6 +217,186 @@ def test_batch_far_on_costs_no_more():
   start = time.perf_counter()
   rows, cursor = batch(source, 10**9, 8, 0)
   assert len(rows) == 8 and cursor == 10**9 + 8 and time.perf_counter() - start < 0.5
+
+
+def test_order_of_before(tmp_path, source_file):
+  """Failure: a run of one task that was begun by earlier code goes on with other rows than it would have read."""
+  train = data.open_train(settings(tmp_path), 5)
+  assert train.first() == {'train': 0} and len(train) == 60
+  rows, cursor = train.draw({'train': 56, 'num_tokens': 7}, 12)
+  assert [int(row['prompt'].split()[1]) for row in rows] == [24, 43, 33, 53, 43, 37, 49, 8, 31, 5, 35, 39]
+  assert cursor == {'train': 68, 'num_tokens': 7}
+  assert train.observe(cursor, rows, [1.0] * 12) == cursor
+  assert list(train.preview(25)) == train.draw(train.first(), 25)[0] == batch(train.sources[''], 0, 25, 5)[0]
+  assert sorted(prompts(train.preview(10**6))) == sorted(prompts(ROWS))
+
+
+MIXTURE = {
+  'easy': {'task': 'arithmetic', 'options': {'operands': 2}, 'train_size': 40, 'weight': 3},
+  'hard': {'task': 'arithmetic', 'options': {'operands': 4}, 'train_size': 25},
+  'other': {'task': 'linear', 'train_size': 300, 'weight': 0.5},
+}
+
+
+def mixed(tmp_path, mixture=None, seed=0, **keys):
+  return data.open_train(Data(mixture=mixture or MIXTURE, cache_dir=str(tmp_path / 'cache'), **keys), seed)
+
+
+def check_shares(names, weights):
+  """Within four standard errors of the proportions of `weights`."""
+  for name, weight in weights.items():
+    expected = weight / sum(weights.values())
+    assert abs(names.count(name) / len(names) - expected) < 4 * (expected * (1 - expected) / len(names)) ** 0.5
+
+
+def test_mixture(tmp_path):
+  """Failure: a task is drawn more often than its weight says, or its rows come in another order or from another task."""
+  train = mixed(tmp_path)
+  assert train.first() == {'train/easy': 0, 'train/hard': 0, 'train/other': 0, 'drawn': 0} and len(train) == 365
+  rows, cursor = train.draw(train.first(), 400)
+  assert [row['dataset'] for row in rows] == train.draw_names(train.first(), 400) and cursor['drawn'] == 400
+  for name, component in components(train.data).items():
+    own = [{k: v for k, v in row.items() if k != 'dataset'} for row in rows if row['dataset'] == name]
+    alone = Data(task=component.task, options=component.options, cache_dir=str(tmp_path / 'cache'))
+    source = data.load(alone, 'train', 0, component.train_size)
+    assert own == batch(source, 0, len(own), 0)[0] and cursor[f'train/{name}'] == len(own)
+  check_shares(train.draw_names(train.first(), 20_000), {'easy': 3, 'hard': 1, 'other': 0.5})
+  check_shares(train.draw_names(cursor, 20_000), {'easy': 3, 'hard': 1, 'other': 0.5})
+
+
+@pytest.mark.parametrize('curriculum', ['none', 'pass_rate'])
+def test_mixture_resumes_anywhere(tmp_path, curriculum):
+  """Failure: a resumed run, or one whose dynamic sampling draws a refill, reads other rows: the cursor in the checkpoint is not all."""
+  train = mixed(tmp_path, curriculum=curriculum)
+  whole, end = train.draw(train.first(), 90)
+  for cut in (0, 1, 17, 89):
+    first, cursor = train.draw({**train.first(), 'num_tokens': 5}, cut)
+    rest, cursor = mixed(tmp_path, curriculum=curriculum).draw(json.loads(json.dumps(cursor)), 90 - cut)
+    assert first + rest == whole and cursor == {**end, 'num_tokens': 5}
+  assert train.draw(train.first(), 90)[0] == whole
+  other = mixed(tmp_path, seed=1, curriculum=curriculum).draw(train.first(), 90)[0]
+  assert [row['dataset'] for row in other] != [row['dataset'] for row in whole]
+  # Steps of drawing and measuring, with a cut after each: every float has to come back from JSON as it was.
+  right = {'easy': 1.0, 'hard': 1 / 3, 'other': 0.0}
+
+  def step(train, cursor):
+    rows, cursor = train.draw(cursor, 7)
+    return rows, train.observe(cursor, rows, [right[row['dataset']] for row in rows])
+
+  straight, resumed = train.first(), train.first()
+  for _ in range(12):
+    rows, straight = step(train, straight)
+    again, resumed = step(mixed(tmp_path, curriculum=curriculum), json.loads(json.dumps(resumed)))
+    assert again == rows and resumed == straight
+  assert ('pass_rate/easy' in straight) == (curriculum == 'pass_rate')
+
+
+def test_order_of_names_is_no_setting(tmp_path):
+  """Failure: the same mixture, its keys written in another order (a ConfigDict sorts them), is another run."""
+  turned = dict(reversed(MIXTURE.items()))
+  first, second = mixed(tmp_path), mixed(tmp_path, turned)
+  assert first.draw(first.first(), 50) == second.draw(second.first(), 50)
+
+
+def test_curriculum(tmp_path):
+  """Failure: what is mastered or hopeless keeps its share, is never asked again, or what is half solved does not get the most."""
+  train = mixed(tmp_path, curriculum='pass_rate', curriculum_floor=0.2, curriculum_decay=0.8)
+  cursor = train.first()
+  assert {name: cursor[f'pass_rate/{name}'] for name in MIXTURE} == dict.fromkeys(MIXTURE, 0.5)
+  assert train.draw(cursor, 50)[0] == mixed(tmp_path).draw(mixed(tmp_path).first(), 50)[0]  # nothing is known yet
+  rows, cursor = train.draw(cursor, 60)
+  right = {'easy': 1.0, 'hard': 0.5, 'other': 0.0}
+  cursor = train.observe(cursor, rows, [right[row['dataset']] for row in rows])
+  assert [cursor[f'pass_rate/{name}'] for name in MIXTURE] == [pytest.approx(p) for p in (0.6, 0.5, 0.4)]
+  assert train.factor(cursor, 'easy') == pytest.approx(0.2 + 0.8 * 4 * 0.6 * 0.4)
+  for _ in range(60):
+    cursor = train.observe(cursor, rows, [right[row['dataset']] for row in rows])
+  check_shares(train.draw_names(cursor, 20_000), {'easy': 3 * 0.2, 'hard': 1, 'other': 0.5 * 0.2})
+  for _ in range(60):  # it is forgotten again: the share comes back
+    cursor = train.observe(cursor, rows, [0.5] * len(rows))
+  check_shares(train.draw_names(cursor, 20_000), {'easy': 3, 'hard': 1, 'other': 0.5})
+
+
+def test_what_is_observed(tmp_path):
+  """Failure: a row without a verdict counts as wrong, a task without rows is moved, or a reward that is no pass rate is taken for one."""
+  train = mixed(tmp_path, curriculum='pass_rate', curriculum_decay=0.75)
+  cursor = {**train.first(), 'num_tokens': 3}
+  rows = [{'dataset': 'easy'}, {'dataset': 'hard'}, {'dataset': 'easy'}, {'dataset': 'easy'}]
+  got = train.observe(cursor, rows, [1.0, None, None, 0.5])
+  assert got == {**cursor, 'pass_rate/easy': 0.75 * 0.5 + 0.25 * 0.75} and cursor['pass_rate/easy'] == 0.5
+  for bad in (1.5, -0.5, float('nan')):
+    with pytest.raises(ValueError, match=r'is not in \[0, 1\]'):
+      train.observe(cursor, rows, [bad, None, None, None])
+  with pytest.raises(ValueError):
+    train.observe(cursor, rows, [1.0])
+
+
+def test_preview(tmp_path):
+  """Failure: a row that a run will read is not checked before it begins, or a row that it never reads stops it."""
+  train = mixed(tmp_path)
+  read = train.draw(train.first(), 40)[0]
+  assert sorted(map(json.dumps, train.preview(40))) == sorted(map(json.dumps, read))
+  every = sorted(json.dumps({**source[n], 'dataset': name}) for name, source in train.sources.items() for n in range(len(source)))
+  assert len(every) == 365 and sorted(map(json.dumps, train.preview(20_000))) == every
+  adapting = mixed(tmp_path, curriculum='pass_rate')
+  assert sorted(map(json.dumps, adapting.preview(1))) == every
+
+
+def test_test_split_of_a_mixture(tmp_path):
+  """Failure: a task of the mixture is not evaluated, rows do not say of which they are, or there are more than were asked for."""
+  rows = data.open_test(Data(mixture=MIXTURE, cache_dir=str(tmp_path / 'cache')), 7, 45)
+  assert collections.Counter(row['dataset'] for row in rows) == {'easy': 30, 'hard': 10, 'other': 5}
+  assert [row['prompt'] for row in rows[:30]] == [row['prompt'] for row in TASKS['arithmetic'].rows('test', 7, 30, operands=2)]
+  few = data.open_test(Data(mixture=MIXTURE, cache_dir=str(tmp_path / 'cache')), 7, 2)
+  assert {row['dataset'] for row in few} == set(MIXTURE)
+  single = data.open_test(Data(train_size=5, cache_dir=str(tmp_path / 'cache')), 7, 30)
+  assert single == list(TASKS['arithmetic'].rows('test', 7, 30))
+
+
+@pytest.mark.parametrize(
+  'component,reason',
+  [
+    ({'task': 'arithmetik', 'train_size': 5}, "config key 'data.mixture.a.task': 'arithmetik' is none of"),
+    ({'task': 'arithmetic'}, "config key 'data.mixture.a.train_size': data.mixture.a.task 'arithmetic' makes its rows"),
+    ({'task': 'arithmetic', 'train_size': 5, 'path': 'x'}, "config key 'data.mixture.a.path' cannot act"),
+    ({'task': 'arithmetic', 'train_size': 5, 'options': {'operand': 2}}, "'data.mixture.a.options.operand' is unknown"),
+    ({'task': 'arithmetic', 'train_size': 5, 'options': {'operands': 1}}, "config key 'data.mixture.a.options.operands': 1 must be"),
+    ({'task': 'gsm8k', 'path': '/no/such/folder'}, "config key 'data.mixture.a.path': '/no/such/folder' does not exist"),
+    ({'task': 'aime', 'path': 'IN'}, "config key 'data.mixture.a.task': 'aime' is for evaluation"),
+    ({'task': 'dataset', 'path': 'IN'}, "config key 'data.mixture.a': its rows have a column 'dataset'"),
+    ({'train_size': 5}, "config key 'data.mixture.a.task' is missing"), (3, "config key 'data.mixture.a': 3 is not a section"),
+    ({'task': 'linear', 'weigth': 2}, "config key 'data.mixture.a.weigth' is unknown; did you mean 'data.mixture.a.weight'?"),
+    ({'task': 'linear', 'weight': 0}, "config key 'data.mixture.a.weight': 0.0 must be positive"),
+    ({'task': 'linear', 'weight': -1}, "config key 'data.mixture.a.weight': -1.0 must be positive"),
+    ({'task': 'linear', 'weight': 'much'}, "config key 'data.mixture.a.weight': 'much' is not of type float"),
+    ({'task': 'linear', 'weight': float('inf')}, "config key 'data.mixture.a.weight': inf is not finite"),
+    ({'task': 'linear', 'train_size': -1}, "config key 'data.mixture.a.train_size': -1 must not be negative"),
+    ({'task': 'linear', 'train_size': 2.5}, "config key 'data.mixture.a.train_size': 2.5 is not of type int"),
+  ],
+)  # fmt: skip
+def test_wrong_mixture(tmp_path, component, reason):
+  """Failure: a mistake in a mixture is taken, or told under a key that the config does not have."""
+  write(tmp_path / 'train.jsonl', [{'prompt': 'a', 'dataset': 'mine'}])
+  if isinstance(component, dict) and component.get('path') == 'IN':
+    component = {**component, 'path': str(tmp_path)}
+  with pytest.raises(ConfigError) as error:
+    mixed(tmp_path, {'a': component, 'b': {'task': 'linear', 'train_size': 5}})
+  assert reason in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['', 'a.b', 'a/b', 'a b', 'a=b'])
+def test_names_of_a_mixture(tmp_path, name):
+  """Failure: a name that no command line can address, or that makes a metric's name ambiguous, is taken."""
+  with pytest.raises(ConfigError, match=r"config key 'data\.mixture\..*': a name is of letters, digits, _ and -"):
+    mixed(tmp_path, {name: {'task': 'linear', 'train_size': 5}})
+
+
+def test_column_of_the_mixture_in_a_later_row(tmp_path):
+  """Failure: a row that says of itself which data set it is from silently changes the mixture's accounts."""
+  write(tmp_path / 'train.jsonl', [{'prompt': 'a'}, {'prompt': 'b', 'dataset': 'mine'}])
+  train = mixed(tmp_path, {'a': {'task': 'dataset', 'path': str(tmp_path)}})
+  with pytest.raises(ConfigError, match=r"'data\.mixture\.a': its rows have a column 'dataset'"):
+    list(train.preview(100))
 
 
 def test_encode_prompts():

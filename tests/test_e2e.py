@@ -65,6 +65,12 @@ RESUMED = {
     'objective__num_iterations': 2, 'objective__num_minibatches': 2, 'objective__beta': 0.1, 'objective__ref_model_sync_updates': 6,
     'optim__schedule': 'linear', 'optim__warmup_updates': 3, 'data__train_size': 48,
   },
+  # A reference that is a moving average, and the controller of the entropy.
+  'reinforce_pp': {
+    'objective__num_minibatches': 2, 'objective__ref_model_ema': 0.9, 'objective__entropy_target': 6.0,
+    'objective__entropy_coef': 0.01, 'objective__entropy_coef_step': 0.004, 'data__train_size': 48, 'data__batch_size': 8,
+    'objective__num_generations': 4,
+  },
 }  # fmt: skip
 
 
@@ -87,6 +93,9 @@ def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   assert logged(tmp_path / 'cut')[-1]['step'] == 7
   run(chosen, tmp_path / 'cut')
   assert_same(everything(tmp_path / 'cut'), everything(tmp_path / 'whole'))
+  if objective == 'reinforce_pp':  # else there was nothing to resume
+    entries = logged(tmp_path / 'whole')
+    assert len({entry['entropy_coef'] for entry in entries}) == len(entries) == 8 and entries[-1]['kl'] > 0
 
 
 def test_sft_learns(cache, tmp_path):

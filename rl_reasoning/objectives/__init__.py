@@ -11,10 +11,13 @@ What the other modules ask of it:
   prepare(aux, batch) -> batch, aux, metrics
   loss(nets, params, frozen, aux, batch) -> scalar, metrics
   adapt(aux, metrics) -> aux
+  inert() -> {key: why it cannot act beside the others}     formula() -> lines for --explain
 `given` is no key: build.py puts there what an objective reads of other sections.
 """
 
-from rl_reasoning.objectives.grpo import Grpo
+import functools
+
+from rl_reasoning.objectives.grpo import SETTINGS, Grpo
 from rl_reasoning.objectives.sft import Sft
 
-OBJECTIVES = {'sft': Sft, 'grpo': Grpo}
+OBJECTIVES = {'sft': Sft, **{name: functools.partial(Grpo, **settings) for name, settings in SETTINGS.items()}}

@@ -31,6 +31,18 @@ class Sft:
     if self.aggregation not in choices:
       raise ValueError(f"config key 'objective.aggregation': {self.aggregation!r} is none of {', '.join(choices)}")
 
+  def inert(self) -> dict[str, str]:
+    return {}
+
+  def formula(self) -> list[str]:
+    where = 'every token but the first' if self.train_on_prompt else 'the completion, its end token included'
+    denominator = {
+      'token_mean': 'M, the masked tokens of the update',
+      'sequence_mean': 'N times the tokens of the own row',
+      'sequence_sum': 'N, the rows of the update',
+    }[self.aggregation]
+    return [f'loss: -logp of {where}', f'denominator: {denominator}']
+
   def init_aux(self):
     return {}
 

@@ -2,8 +2,41 @@
 
 rows(split, seed, size, path, **options) -> Iterator[dict]   options are the keys of `data.options`
 files(path, split) -> list of files it reads                 only where it reads files
+
+Beside prompt, chain_of_thought, completion and answer a row may have answer_kind (number, math, choice, text, set: how the answer is
+compared) and difficulty (an int or a text: by what an evaluation groups).
 """
 
-from rl_reasoning.tasks import arithmetic, countdown, dataset, gsm8k
+from rl_reasoning.tasks import (
+  aime,
+  arithmetic,
+  base_conversion,
+  countdown,
+  dataset,
+  gsm8k,
+  humaneval,
+  knights_knaves,
+  linear,
+  math,
+  mbpp,
+  multiple_choice,
+  svamp,
+  word_problems,
+)
 
-TASKS = {'arithmetic': arithmetic, 'countdown': countdown, 'gsm8k': gsm8k, 'dataset': dataset}
+TASKS = {
+  'arithmetic': arithmetic,
+  'countdown': countdown,
+  'linear': linear,
+  'base_conversion': base_conversion,
+  'knights_knaves': knights_knaves,
+  'word_problems': word_problems,
+  'gsm8k': gsm8k,
+  'math': math,
+  'aime': aime,
+  'svamp': svamp,
+  'multiple_choice': multiple_choice,
+  'humaneval': humaneval,
+  'mbpp': mbpp,
+  'dataset': dataset,
+}

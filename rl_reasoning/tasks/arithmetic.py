@@ -5,18 +5,13 @@ Beside clean chains, rows can be written in the styles of a careless author, whi
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping
 
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning.config import check
+from rl_reasoning.tasks.procedural import problems
 
 STYLES = ('clean', 'sloppy', 'direct')
-
-
-def is_test(prompt: str) -> bool:
-  """One problem in ten, by a hash of its text: no problem is in both splits, whatever seed and size."""
-  return hashlib.sha256(prompt.encode()).digest()[0] < 26
 
 
 def apply(a: int, operator: str, b: int) -> int:
@@ -46,7 +41,7 @@ def worked(numbers: list[int], operators: list[str], rng: random.Random, sloppin
 
 def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: int = 3, low: int = 2, high: int = 15, operators: str = '+-',
          styles: Mapping[str, float] | None = None, sloppiness: float = 0.6) -> Iterator[dict]:  # fmt: skip
-  """`size` rows {prompt, chain_of_thought, completion, answer}; test problems are distinct, training problems may repeat.
+  """`size` rows {prompt, chain_of_thought, completion, answer, difficulty: operands}; test problems are distinct, others may repeat.
 
   `styles` weighs how training rows are written (default: all clean): 'sloppy' errs by `sloppiness`, 'direct' does too and shows no chain.
   `answer` is right in every style.
@@ -62,27 +57,22 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
     bool(operators) and set(operators) <= set('+-*'), f"config key 'data.options.operators': {operators!r} has others than + - *"
   )
   check(0 <= sloppiness <= 1, f"config key 'data.options.sloppiness': {sloppiness} is not in [0, 1]")
-  seen: set[str] = set()
-  for index in range(size or 0):
-    rng = random.Random(f'arithmetic/{split}/{seed}/{index}')
-    for _ in range(1000):
-      numbers = [rng.randint(low, high) for _ in range(operands)]
-      chosen = [rng.choice(operators) for _ in range(operands - 1)]
-      prompt = str(numbers[0]) + ''.join(o + str(n) for o, n in zip(chosen, numbers[1:], strict=True)) + '='
-      if is_test(prompt) == (split == 'test') and prompt not in seen:
-        break
-    else:
-      raise ConfigError(
-        f'data.options: the {split} split has fewer than {size} problems: {index} found; widen operands, low or high'
-      )
-    if split == 'test':
-      seen.add(prompt)
+
+  def propose(rng: random.Random) -> dict:
+    numbers = [rng.randint(low, high) for _ in range(operands)]
+    chosen = [rng.choice(operators) for _ in range(operands - 1)]
+    prompt = str(numbers[0]) + ''.join(o + str(n) for o, n in zip(chosen, numbers[1:], strict=True)) + '='
+    return {'prompt': prompt, 'numbers': numbers, 'operators': chosen}
+
+  for problem, rng in problems('arithmetic', split, seed, size, 'operands, low or high', propose):
+    numbers, chosen = problem['numbers'], problem['operators']
     style = rng.choices(STYLES, weights)[0] if split == 'train' else 'clean'
     chain, result = worked(numbers, chosen, rng, 0 if style == 'clean' else sloppiness)
     right = worked(numbers, chosen, rng, 0)[1]
     yield {
-      'prompt': prompt,
+      'prompt': problem['prompt'],
       'chain_of_thought': '' if style == 'direct' else chain,
       'completion': str(result),
       'answer': str(right),
+      'difficulty': operands,
     }

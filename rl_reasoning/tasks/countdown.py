@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from rl_reasoning.config import ConfigError, check
-from rl_reasoning.tasks.arithmetic import apply, is_test
+from rl_reasoning.config import check
+from rl_reasoning.tasks.arithmetic import apply
+from rl_reasoning.tasks.procedural import problems
 
 
 def build(rng: random.Random, count: int, high: int) -> tuple[list[int], str, str, int]:
@@ -30,22 +31,16 @@ def build(rng: random.Random, count: int, high: int) -> tuple[list[int], str, st
 def rows(
   split: str, seed: int, size: int | None, path: str = '', *, count: int = 3, high: int = 20, max_target: int = 100
 ) -> Iterator[dict]:
-  """`size` rows {prompt, chain_of_thought, completion, numbers, target}; `completion` is one of the right expressions."""
+  """`size` rows {prompt, chain_of_thought, completion, numbers, target, difficulty: count}; `completion` is one right expression."""
   check(count >= 2, f"config key 'data.options.count': {count} must be at least 2")
   check(max_target >= 1, f"config key 'data.options.max_target': {max_target} must be at least 1")
   check(high >= 1, f"config key 'data.options.high': {high} must be at least 1")
-  seen: set[str] = set()
-  for index in range(size or 0):
-    rng = random.Random(f'countdown/{split}/{seed}/{index}')
-    for _ in range(1000):
-      numbers, chain, expression, target = build(rng, count, high)
-      prompt = f'{",".join(map(str, sorted(numbers)))}->{target}:'
-      if target <= max_target and is_test(prompt) == (split == 'test') and prompt not in seen:
-        break
-    else:
-      raise ConfigError(
-        f'data.options: the {split} split has fewer than {size} problems: {index} found; widen count, high or max_target'
-      )
-    if split == 'test':
-      seen.add(prompt)
-    yield {'prompt': prompt, 'chain_of_thought': chain, 'completion': expression, 'numbers': numbers, 'target': target}
+
+  def propose(rng: random.Random) -> dict | None:
+    numbers, chain, expression, target = build(rng, count, high)
+    prompt = f'{",".join(map(str, sorted(numbers)))}->{target}:'
+    row = {'prompt': prompt, 'chain_of_thought': chain, 'completion': expression, 'numbers': numbers, 'target': target}
+    return {**row, 'difficulty': count} if target <= max_target else None
+
+  for row, _ in problems('countdown', split, seed, size, 'count, high or max_target', propose):
+    yield row

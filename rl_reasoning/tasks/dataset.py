@@ -1,4 +1,4 @@
-"""Rows from files: JSON lines or Parquet, a file, a folder, or a data set of the Hugging Face hub ('owner/name').
+"""Rows from files: JSON lines or an array (.gz too) or Parquet, a file, a folder, or a data set of the Hugging Face hub ('owner/name').
 
 Columns, as users of other trainers know them: `prompt`; `prompt` + `completion`; `messages`; `prompt` + `chain_of_thought` + `completion`;
 `prompt` + `answer`; further columns go to the reward functions.
@@ -6,14 +6,17 @@ Columns, as users of other trainers know them: `prompt`; `prompt` + `completion`
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 
 from rl_reasoning.config import ConfigError, check
-from rl_reasoning.tasks.arithmetic import is_test
+from rl_reasoning.tasks.procedural import is_test
 
-ENDINGS = ('.jsonl', '.json', '.parquet')
+ENDINGS = ('.jsonl', '.json', '.parquet', '.jsonl.gz', '.json.gz')
 
 
 def fetch(path: str) -> pathlib.Path:
@@ -38,11 +41,12 @@ def files(path: str, split: str) -> list[pathlib.Path]:
   where = fetch(path)
   if where.is_file():
     return [where]
-  return sorted(f for f in where.rglob(f'{split}*') if f.suffix in ENDINGS)
+  return sorted(f for f in where.rglob(f'{split}*') if f.name.endswith(ENDINGS))
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-  """('file:line', row) of a file. Raises ConfigError naming the line that is not a JSON object."""
+  """('file:line', row) of a file; in a .json file that is one array, rows are counted. Raises ConfigError naming the line that is not a
+  JSON object."""
   if path.suffix == '.parquet':
     import pyarrow.parquet  # optional: it comes with tensorflow-datasets, and some releases abort at exit
 
@@ -57,17 +61,24 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
         raise ConfigError(f'{path}:{index}: a column that JSON cannot hold: {error}') from None
       yield f'{path}:{index}', row
     return
-  with path.open('rb') as lines:  # json finds the encoding, and leaves a byte order mark out
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs pass as JSON, and no tokenizer takes them
-      except ValueError as error:
-        raise ConfigError(f'{path}:{number}: not JSON in UTF-8: {error}') from None
-      check(isinstance(row, dict), f'{path}:{number}: not a JSON object')
-      yield f'{path}:{number}', row
+  try:
+    with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
+      array = path.name.endswith(('.json', '.json.gz')) and file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b'['
+      file.seek(0)
+      items = [(1, file.read())] if array else enumerate(file, 1)
+      for number, text in items:
+        if not text.strip():
+          continue
+        try:
+          found = json.loads(text)  # it finds the encoding, and leaves a byte order mark out
+          json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs pass as JSON, and no tokenizer takes them
+        except ValueError as error:
+          raise ConfigError(f'{path}:{number}: not JSON in UTF-8: {error}') from None
+        for place, row in enumerate(found, 1) if array else [(number, found)]:
+          check(isinstance(row, dict), f'{path}:{place}: not a JSON object')
+          yield f'{path}:{place}', row
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ConfigError(f'{path}: damaged or no gzip file: {error}') from None
 
 
 def identity(row: Mapping) -> str:
@@ -103,31 +114,48 @@ def check_row(place: str, row: Mapping) -> None:
     check_messages(place, 'messages', row['messages'])
 
 
-def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
-  """Rows of a split, in file order; `columns` renames {'name in the file': 'our name'}.
+def split_rows(
+  split: str, size: int | None, path: str, find: Callable[[str, str], list[pathlib.Path]], convert: Callable[[dict, str], dict]
+) -> Iterator[dict]:
+  """The first `size` rows of the files `find(path, split)`, in their order, each through `convert(row, place)`.
 
-  Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
+  Of a path that is a single file one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left
+  out.
   """
 
-  names = dict(columns or {})
+  def converted(name: str) -> Iterator[dict]:
+    return (convert(row, place) for file in find(path, name) for place, row in read(file))
 
-  def renamed(name: str) -> Iterator[dict]:
-    for file in files(path, name):
-      for place, found in read(file):
-        for theirs in names:
-          check(theirs in found, f"config key 'data.options.columns': {place} has no column {theirs!r}")
-        row = {names.get(column, column): value for column, value in found.items()}
-        check(len(row) == len(found), f"config key 'data.options.columns': {place} has two columns of one new name")
-        check_row(place, row)
-        yield row
-
-  single = files(path, split) == files(path, 'test' if split == 'train' else 'train')
-  held_out = {identity(row) for row in renamed('test')} if split == 'train' and not single else set()
+  single = is_single(path)
+  held_out = {identity(row) for row in converted('test')} if split == 'train' and not single else set()
   count = 0
-  for row in renamed(split):
+  for row in converted(split):
     keep = is_test(identity(row)) == (split == 'test') if single else identity(row) not in held_out
     if keep:
       if count == size:
         return
       count += 1
       yield row
+
+
+def is_single(path: str) -> bool:
+  """Whether a path names one file, which then holds both splits."""
+  return pathlib.Path(path).expanduser().is_file()
+
+
+def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
+  """Rows of a split, in file order; `columns` renames {'name in the file': 'our name'}.
+
+  Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
+  """
+  names = dict(columns or {})
+
+  def renamed(found: dict, place: str) -> dict:
+    for theirs in names:
+      check(theirs in found, f"config key 'data.options.columns': {place} has no column {theirs!r}")
+    row = {names.get(column, column): value for column, value in found.items()}
+    check(len(row) == len(found), f"config key 'data.options.columns': {place} has two columns of one new name")
+    check_row(place, row)
+    return row
+
+  yield from split_rows(split, size, path, files, renamed)

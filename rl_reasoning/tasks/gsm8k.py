@@ -13,8 +13,7 @@ MARKS = re.compile(r'<<[^<>]*>>')  # the data set's calculator annotations
 
 
 def files(path: str, split: str) -> list[pathlib.Path]:
-  is_file = pathlib.Path(path).expanduser().is_file()
-  check(not is_file, f"config key 'data.path': {path!r} is a file; give the folder of both splits")
+  check(not dataset.is_single(path), f"config key 'data.path': {path!r} is a file; give the folder of both splits")
   found = dataset.files(path or 'openai/gsm8k', split)
   return [f for f in found if f.parent.name != 'socratic']  # the hub holds a second wording of the same answers
 
@@ -35,16 +34,4 @@ def convert(row: dict, place: str) -> dict:
 
 
 def rows(split: str, seed: int, size: int | None, path: str = '') -> Iterator[dict]:
-  def converted(name: str) -> Iterator[dict]:
-    for file in files(path, name):
-      for place, row in dataset.read(file):
-        yield convert(row, place)
-
-  held_out = {dataset.identity(row) for row in converted('test')} if split == 'train' else set()
-  count = 0
-  for row in converted(split):
-    if dataset.identity(row) not in held_out:
-      if count == size:
-        return
-      count += 1
-      yield row
+  yield from dataset.split_rows(split, size, path, files, convert)

@@ -1,0 +1,346 @@
+"""Evaluators: held-out problems -> completions -> accuracy, format, length, pass@k, maj@k. Named in the config:
+
+eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0},
+                   'countdown': {'task': 'countdown', 'options': {'operands': 3}, 'size': 500}}
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from rl_reasoning import checkpoint, data, metrics, rewards, rollout, verify
+from rl_reasoning.advantages import combine_rewards
+from rl_reasoning.build import Run
+from rl_reasoning.config import Config, Data, Rollout, check, digest, from_mapping, to_dict
+from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
+from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
+from rl_reasoning.structs import PyTree
+from rl_reasoning.tokenizer import from_thinking, render_prompt
+from rl_reasoning.verify.math import extract_answer, parse_number
+
+COLUMNS = ('difficulty', 'dataset')  # of the rows: metrics are also given apart for each of their values
+BINS = 8  # of accuracy by length
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  task: str = ''  # '': the task (or the mixture) of the section data
+  path: str = ''  # '': that of the section data where the task is its own
+  options: Mapping[str, Any] | None = None  # None: as for path
+  size: int = 0  # problems of the test split; 0: eval.size
+  seed: int | None = None  # None: eval.seed
+  prefix: str = ''  # appended to every prompt: '<think>' forces the chain
+  num_samples: int = 1
+  ks: tuple[int, ...] = ()  # of pass@k and maj@k; empty: 2, 4, 8, ... up to num_samples
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  max_completion_length: int = 0  # 0: that of the rollout section
+
+
+def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
+  """The evaluators by name. Raises ConfigError naming the key that is unknown, out of its range or without effect."""
+  evaluators = {}
+  for name, options in settings.items():
+    key = f'eval.evaluators.{name}'
+    check(bool(name) and name[0] != '.' and not set(name) & set('/\\\0'), f'config key {key!r}: the name is that of a file, too')
+    check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
+    e = evaluators[name] = from_mapping(Evaluator, options, key + '.')
+    ranges = {'num_samples': e.num_samples >= 1, 'temperature': e.temperature >= 0, 'top_k': e.top_k >= 0, 'top_p': 0 < e.top_p <= 1,
+              'min_p': 0 <= e.min_p < 1, 'max_completion_length': e.max_completion_length >= 0, 'size': e.size >= 0,
+              'seed': e.seed is None or 0 <= e.seed < 2**32,
+              'ks': len({*e.ks}) == len(e.ks) and all(1 <= k <= e.num_samples for k in e.ks)}  # fmt: skip
+    for field, good in ranges.items():
+      check(good, f"config key '{key}.{field}': {getattr(e, field)} is out of range")
+    check(e.num_samples == 1 or e.temperature > 0,
+          f"config key '{key}.num_samples': {e.num_samples} need a temperature above 0: greedy samples are all equal")  # fmt: skip
+    check(e.num_samples > 1 or not e.ks, f"config key '{key}.ks' cannot act: there is one sample a problem")
+    for field in ('top_k', 'top_p', 'min_p'):
+      check(e.temperature > 0 or field not in options, f"config key '{key}.{field}' cannot act: temperature 0 is greedy")
+  return evaluators
+
+
+def data_of(given: Data, name: str, evaluator: Evaluator) -> Data:
+  """The section data as the evaluator reads it."""
+  if evaluator.task:
+    return dataclasses.replace(given, task=evaluator.task, path=evaluator.path, options=evaluator.options or {}, mixture={})
+  for key in ('path', 'options'):
+    idle = bool(given.mixture) and bool(getattr(evaluator, key))
+    check(not idle, f"config key 'eval.evaluators.{name}.{key}' cannot act on data.mixture: name the task that it is for")
+  options = given.options if evaluator.options is None else evaluator.options
+  return dataclasses.replace(given, path=evaluator.path or given.path, options=options)
+
+
+def seed_of(config: Config, evaluator: Evaluator) -> int:
+  return config.eval.seed if evaluator.seed is None else evaluator.seed
+
+
+def test_problems(run: Run) -> dict[str, list[dict]]:
+  """evaluator name -> the first problems of its test split; procedural tasks draw them by the seed."""
+  config, found = run.config, {}
+  problems: dict[str, list[dict]] = {}
+  for name, e in make_evaluators(config.eval.evaluators).items():
+    wanted = data_of(config.data, name, e), seed_of(config, e), e.size or config.eval.size
+    key = digest([to_dict(wanted[0]), *wanted[1:]])
+    problems[name] = found[key] if key in found else found.setdefault(key, data.open_test(*wanted))
+  return problems
+
+
+def encode_problems(run: Run, rows: Sequence[dict], name: str, evaluator: Evaluator) -> tuple[list[str], list[list[int]]]:
+  """(prompts, their token ids), the prefix appended. Raises ConfigError for one beyond data.max_prompt_length."""
+  tok, limit = run.tokenizer, run.config.data.max_prompt_length
+  texts = [render_prompt(row['prompt'], run.config.roles.policy.template, tok) + evaluator.prefix for row in rows]
+  prompts = [tok.encode(text) for text in texts]
+  for row, ids in zip(rows, prompts, strict=True):
+    check(len(ids) <= limit, f"config key 'data.max_prompt_length': {limit}, but eval.evaluators.{name} has a prompt of {len(ids)} tokens: "
+          f'{data.excerpt(row["prompt"])}')  # fmt: skip
+  return texts, prompts
+
+
+def check_problems(run: Run, problems: Mapping[str, Sequence[dict]], evaluators: Mapping[str, Evaluator]) -> None:
+  """Raises ConfigError, before a run spends its time, for problems that could not be evaluated at its end."""
+  for name, evaluator in evaluators.items():
+    encode_problems(run, problems[name], name, evaluator)
+    verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in problems[name])
+    gold = any(verdict is not None for verdict in verdicts)
+    task = evaluator.task or run.config.data.task
+    check(gold, f'eval.evaluators.{name}: no problem of data.task {task!r} has a gold answer that can be checked')
+
+
+def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evaluator) -> None:
+  """Writes into the samples of whole problems what is said of them: answer, accuracy, format, rewards."""
+  config = run.config
+  given = [as_given(rows[s['problem']]['prompt'], s['prompt'], s['completion']) for s in samples]
+  asked, completions = map(list, zip(*given, strict=True))
+  ids = [s['completion_ids'] for s in samples]
+  columns = columns_of([rows[s['problem']] for s in samples])
+  accuracy = REWARDS['accuracy_flexible'](asked, completions, ids, **columns)
+  forms = REWARDS['format'](asked, completions, ids, **columns)
+  names = config.rewards.functions
+  limit = evaluator.max_completion_length or config.rollout.max_completion_length
+  scores = score(
+    names, config.rewards.on_error, asked, completions, ids, columns, options=config.rewards.options, timeout=config.rewards.timeout,
+    max_completion_length=limit,
+  )  # fmt: skip
+  weights = config.rewards.weights or (1.0,) * len(names)
+  paid, has = map(np.asarray, combine_rewards(*scores, weights, evaluator.num_samples))
+  for i, (sample, right, form) in enumerate(zip(samples, accuracy, forms, strict=True)):
+    sample.update(
+      answer=extract_answer(from_thinking(sample['prompt'], sample['completion']), flexible=True),
+      accuracy=None if right is None else float(right),
+      format=None if form is None else float(form),
+      rewards={name: float(scores.values_NR[i, r]) if scores.has_NR[i, r] else None for r, name in enumerate(names)},
+      reward=float(paid[i]) if has[i] else None,
+    )
+
+
+def identity(run: Run, fingerprint: int, rows: Sequence[dict], evaluator: Evaluator) -> dict[str, Any]:
+  """All that samples depend on: what was sampled under another identity must not be mixed with these."""
+  config = run.config
+  folder = pathlib.Path(rewards.__file__).parent
+  judges = [folder / 'rewards.py', folder / 'rule_rewards.py', *sorted(pathlib.Path(verify.__path__[0]).glob('*.py'))]
+  settings = {
+    'evaluator': dataclasses.asdict(dataclasses.replace(evaluator, ks=())), 'seed': seed_of(config, evaluator),
+    'batch_size': config.eval.batch_size,
+    'arch': dataclasses.asdict(run.arch), 'dtype': config.model.dtype, 'tokenizer': config.roles.policy.tokenizer,
+    'template': config.roles.policy.template, 'max_completion_length': config.rollout.max_completion_length,
+    'chunk': config.rollout.chunk, 'rewards': dataclasses.asdict(config.rewards),
+  }  # fmt: skip
+  return {
+    'checkpoint': fingerprint, 'config': digest(settings), 'problems': digest(list(rows)), 'code': data.content_hash(judges)[:12]
+  }  # fmt: skip
+
+
+class SampleFile:
+  """FOLDER/NAME.jsonl, a line a sample, and FOLDER/NAME.json, what they are samples of. Whole batches only: a batch that a kill cut is
+  made again, from the same prompts together, so that every number is what it would have been."""
+
+  def __init__(self, folder: epath.Path, name: str, of: Mapping[str, Any]):
+    folder.mkdir(parents=True, exist_ok=True)
+    self.path, self.about, self.of = folder / f'{name}.jsonl', folder / f'{name}.json', dict(of)
+    known = json.loads(self.about.read_text()) if self.about.exists() else {}
+    if known.get('of') != self.of:
+      if known:
+        differs = ', '.join(key for key in self.of if known['of'].get(key) != self.of[key])
+        print(f'eval {name}: the samples in {self.path} are of another {differs}: made anew', flush=True)
+      self.path.unlink(missing_ok=True)
+      known = {'seconds': 0.0}
+    self.seconds = known['seconds']
+    self.lines = metrics.JsonLines(self.path, 0)
+
+  def read(self, batch_rows: int, total: int) -> list[dict]:
+    """The samples of whole batches; what is behind them is cut off."""
+    kept = len(self.lines.lines)
+    kept = kept if kept == total else kept // batch_rows * batch_rows
+    del self.lines.lines[kept:]
+    if self.path.exists():
+      self.lines.rewrite()
+    return [json.loads(line) for line in self.lines.lines]
+
+  def append(self, samples: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    self.seconds += seconds
+    part = self.about.parent / (self.about.name + '.part')
+    part.write_text(json.dumps({'of': self.of, 'seconds': self.seconds}))
+    part.replace(self.about)
+    for sample in samples:
+      self.lines.append(sample)
+
+
+def sample_problems(
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None
+) -> list[dict]:
+  """`num_samples` judged completions of each problem, in order; batch by batch into `folder`, from which it goes on.
+
+  Tokens are a function of (seed, problem, member): an evaluation repeats exactly.
+  """
+  config, tok, n = run.config, run.tokenizer, evaluator.num_samples
+  batch_size = config.eval.batch_size
+  settings = Rollout(
+    max_completion_length=evaluator.max_completion_length or config.rollout.max_completion_length,
+    temperature=evaluator.temperature, top_k=evaluator.top_k, top_p=evaluator.top_p, min_p=evaluator.min_p,
+    chunk=config.rollout.chunk,
+  )  # fmt: skip
+  texts, prompts = encode_problems(run, rows, name, evaluator)
+  samples: list[dict] = []
+  file = None
+  if folder is not None:
+    file = SampleFile(folder, name, identity(run, int(checkpoint.fingerprint(params)), rows, evaluator))
+    samples = file.read(batch_size * n, len(rows) * n)
+  for start in range(len(samples) // n, len(rows), batch_size):
+    clock = time.perf_counter()
+    ids = list(range(start, min(start + batch_size, len(rows))))
+    padded = ids + [ids[-1]] * (batch_size - len(ids))  # one compiled shape, and rows that divide over the mesh
+    rolled = rollout.generate(
+      params, run.arch, [prompts[i] for i in padded], settings=settings, group=n, end_ids=tok.end_ids,
+      key=jax.random.key(seed_of(config, evaluator)), dtype=config.model.dtype, mesh=run.mesh, prompt_ids=padded,
+    )  # fmt: skip
+    batch = []
+    for row in range(len(ids) * n):
+      tokens = rolled.tokens_NC[row, : rolled.length_N[row]].tolist()
+      batch.append({
+        'problem': ids[row // n],
+        'prompt': texts[ids[row // n]],
+        'completion': tok.decode(tokens),
+        'completion_ids': tokens,
+        'length': len(tokens),
+        'truncated': bool(rolled.truncated_N[row]),
+      })  # fmt: skip
+    judge(run, rows, batch, evaluator)
+    samples += batch
+    seconds, done = time.perf_counter() - clock, ids[-1] + 1
+    if file is not None:
+      file.append(batch, seconds)
+    left = int(seconds * -(-(len(rows) - done) // batch_size))  # by the latest batch: the first one compiles
+    rate = sum(s['length'] for s in batch) / seconds
+    print(f'eval {name}: {done}/{len(rows)} problems, {rate:,.0f} tokens/s, left {left // 60}:{left % 60:02d}', flush=True)
+  return samples
+
+
+def vote(answer: str) -> Any:
+  """What two answers share that count as one: their number, else their text, case and spaces aside."""
+  number = parse_number(answer)
+  return ' '.join(answer.casefold().split()) if number is None else number
+
+
+def votes(samples: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
+  """(how many samples, how right) of each answer to one problem; a sample without an answer is in none."""
+  groups = collections.defaultdict(list)
+  for s in samples:
+    if s['answer'] is not None:
+      groups[vote(s['answer'])].append(s['accuracy'])
+  return tuple(sorted((len(right), float(np.mean(right))) for right in groups.values()))
+
+
+def measure(samples: Sequence[Mapping[str, Any]], rows: Sequence[dict], evaluator: Evaluator) -> dict[str, Any]:
+  """The metrics of whole problems. NAME_stderr is the standard error and NAME_ci95 the bootstrap interval of a mean over problems; a
+  mean over nothing is left out, and so is the error of one problem.
+
+  Accuracy (pass@1, the mean over samples) is whether the answer is right whatever the format; strict accuracy asks for the format too.
+  Both, pass@k and maj@k are over the `problems` that have a gold answer, format, length and truncated over all, and reward (the weighted
+  sum of the config's reward functions) over the problems with a verdict on each completion. maj@k is left out where answers are programs
+  (rows with `tests`): no two of them are alike.
+  """
+  n = evaluator.num_samples
+
+  def table(key: str) -> np.ndarray:
+    return np.asarray([np.nan if s[key] is None else s[key] for s in samples], np.float64).reshape(-1, n)
+
+  accuracy, form, reward, length = map(table, ('accuracy', 'format', 'reward', 'length'))
+  judged, rewarded = ~np.isnan(accuracy).any(axis=1), ~np.isnan(reward).any(axis=1)
+  values: dict[str, Any] = {
+    'accuracy': accuracy[judged].mean(axis=1),
+    'strict_accuracy': (accuracy * form)[judged].mean(axis=1),
+    'format': form.mean(axis=1),
+    'reward': reward[rewarded].mean(axis=1),
+    'length': length.mean(axis=1),
+    'truncated': table('truncated').mean(axis=1),
+  }
+  of_code = any(rows[s['problem']].get('tests') is not None for s in samples)
+  correct = (accuracy[judged] == 1).sum(axis=1)
+  polls = [votes(samples[i * n : (i + 1) * n]) for i in np.flatnonzero(judged).tolist()]
+  for k in evaluator.ks or [2**i for i in range(1, n.bit_length())]:
+    values[f'pass@{k}'] = [pass_at_k(n, int(c), k) for c in correct]
+    if not of_code:
+      values[f'maj@{k}'] = [maj_at_k(n, poll, k) for poll in polls]
+  result: dict[str, Any] = {'problems': float(judged.sum())}
+  for name, x in values.items():
+    if len(x):
+      result[name], error = mean_and_error(x)
+    if len(x) > 1:
+      result[f'{name}_stderr'], result[f'{name}_ci95'] = error, bootstrap_interval(x)
+  for name, chosen in (('length_right', accuracy == 1), ('length_wrong', accuracy < 1)):
+    if chosen.any():
+      result[name] = float(length[chosen].mean())
+  return result
+
+
+def accuracy_by_length(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+  """Accuracy of completions in bins of length that hold about as many each; equal lengths are in one bin."""
+  pairs = sorted((s['length'], s['accuracy']) for s in samples if s['accuracy'] is not None)
+  edges = sorted({pairs[len(pairs) * i // BINS][0] for i in range(BINS)} if pairs else [])
+  bins = []
+  for low, high in itertools.pairwise([*edges, math.inf]):
+    inside = [pair for pair in pairs if low <= pair[0] < high]
+    accuracy, error = mean_and_error([right for _, right in inside])
+    mean = sum(length for length, _ in inside) / len(inside)
+    bins.append({'low': inside[0][0], 'high': inside[-1][0], 'length': mean, 'completions': len(inside), 'accuracy': accuracy})
+    if len(inside) > 1:
+      bins[-1]['accuracy_stderr'] = error  # over completions: those of one problem are not independent
+  return bins
+
+
+def evaluate(
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None = None
+) -> tuple[dict[str, Any], list[dict]]:
+  """(metrics of `measure`, samples). Metrics of each difficulty and data set are under the column's name. `check_problems` has passed."""
+  samples = sample_problems(run, params, rows, name, evaluator, folder)
+  result = measure(samples, rows, evaluator)
+  for column in COLUMNS:
+    groups = collections.defaultdict(list)
+    for s in samples:
+      groups[rows[s['problem']].get(column)].append(s)
+    groups.pop(None, None)
+    for value in sorted(groups, key=lambda v: (isinstance(v, str), v)):
+      result.setdefault(column, {})[str(value)] = measure(groups[value], rows, evaluator)
+  return result, samples
+
+
+def evaluate_all(
+  run: Run, params: PyTree, problems: Mapping[str, Sequence[dict]], folder: epath.Path | None = None
+) -> dict[str, dict[str, Any]]:
+  """evaluator name -> metrics; samples go to `folder`/NAME.jsonl where there is one."""
+  evaluators = make_evaluators(run.config.eval.evaluators)
+  return {name: evaluate(run, params, problems[name], name, evaluator, folder)[0] for name, evaluator in evaluators.items()}

@@ -1,0 +1,126 @@
+"""What an evaluation comes to, to read: evaluation.md and evaluation.png, from the numbers of evaluation.json."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+METRICS = (  # key, name of the column, format
+  ('accuracy', 'accuracy (pass@1)', '.3f'),
+  ('strict_accuracy', 'strict', '.3f'),
+  ('format', 'format', '.3f'),
+  ('reward', 'reward', '.3f'),
+  ('length', 'tokens', '.1f'),
+  ('length_right', 'tokens if right', '.1f'),
+  ('length_wrong', 'tokens if wrong', '.1f'),
+  ('truncated', 'truncated', '.3f'),
+)
+
+
+def ks_of(metrics: Mapping[str, Any]) -> list[int]:
+  return sorted(int(key[5:]) for key in metrics if re.fullmatch(r'pass@\d+', key))
+
+
+def cell(metrics: Mapping[str, Any], key: str, form: str = '.3f') -> str:
+  """'0.275 [0.240, 0.310]': a mean and its 95 % interval, or what there is of it."""
+  if key not in metrics:
+    return ''
+  interval = metrics.get(f'{key}_ci95')
+  return f'{metrics[key]:{form}}' + (f' [{interval[0]:{form}}, {interval[1]:{form}}]' if interval else '')
+
+
+def text(value: Any) -> str:
+  """Without what would end a cell of the table."""
+  return str(value).replace('|', '\\|').replace('\n', ' ')
+
+
+def rows_to_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [columns, ['---'] * len(columns), *rows]
+  return ''.join('| ' + ' | '.join(map(text, line)) + ' |\n' for line in lines)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """The tables of an evaluation.json."""
+  evaluators = result['evaluators']
+  parts = [
+    f'# Evaluation of {result["checkpoint"]}\n\n'
+    f'Weights {result["fingerprint"]}, config {result["config_hash"]}, {result["hardware"]["device"]}, '
+    f'{result["tokens"]:,} tokens. In brackets: 95 % bootstrap intervals over problems.\n'
+  ]
+  names = ('evaluator', 'problems', *(name for _, name, _ in METRICS))
+  rows = [[name, f'{m["problems"]:.0f}', *(cell(m, key, form) for key, _, form in METRICS)] for name, m in evaluators.items()]
+  parts.append(rows_to_markdown(names, rows))
+  for name, m in evaluators.items():
+    if ks := ks_of(m):
+      rows = [['pass', cell(m, 'accuracy'), *(cell(m, f'pass@{k}') for k in ks if k > 1)]]
+      if f'maj@{ks[-1]}' in m:
+        rows.append(['maj', cell(m, 'accuracy'), *(cell(m, f'maj@{k}') for k in ks if k > 1)])
+      parts.append(f'## {name}: k samples\n\n' + rows_to_markdown(['', '@1', *(f'@{k}' for k in ks if k > 1)], rows))
+  for column in ('difficulty', 'dataset'):
+    rows = []
+    for name, m in evaluators.items():
+      for value, inside in m.get(column, {}).items():
+        last = f'pass@{ks[-1]}' if (ks := ks_of(inside)) else ''
+        best = f'{last}: {cell(inside, last)}' if last else ''
+        rows.append([name, value, f'{inside["problems"]:.0f}', cell(inside, 'accuracy'), best, cell(inside, 'length', '.1f')])
+    if rows:
+      names = ('evaluator', column, 'problems', 'accuracy (pass@1)', 'best of k', 'tokens')
+      parts.append(f'## By {column}\n\n' + rows_to_markdown(names, rows))
+  return '\n'.join(parts)
+
+
+def plot(result: Mapping[str, Any], path: epath.Path) -> None:
+  """Left: accuracy against k, a line and a 95 % band for pass@k and maj@k; an evaluator of one sample is its point at 1. Right: accuracy
+  against response length in bins of about as many completions, each at its mean length, bars of one standard error."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  from matplotlib.ticker import MaxNLocator
+
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+  largest = 1
+  for index, (name, m) in enumerate(result['evaluators'].items()):
+    color = f'C{index % 10}'
+    if 'accuracy' not in m:
+      continue
+    ks = [1, *(k for k in ks_of(m) if k > 1)]
+    largest = max(largest, ks[-1])
+    for kind, style in (('pass', '-'), ('maj', '--')):
+      keys = ['accuracy', *(f'{kind}@{k}' for k in ks[1:])]
+      if len(ks) == 1 or keys[-1] not in m:
+        continue
+      left.plot(ks, [m[key] for key in keys], style, color=color, marker='o', markersize=4, label=f'{name}: {kind}@k')
+      if all(f'{key}_ci95' in m for key in keys):
+        left.fill_between(ks, *zip(*(m[f'{key}_ci95'] for key in keys), strict=True), color=color, alpha=0.15, linewidth=0)
+    if len(ks) == 1:
+      low, high = m.get('accuracy_ci95', (m['accuracy'],) * 2)
+      bars = [[max(0.0, m['accuracy'] - low)], [max(0.0, high - m['accuracy'])]]
+      left.errorbar([1], [m['accuracy']], bars, color=color, marker='s', capsize=3, linestyle='none', label=f'{name}: accuracy')
+    bins = m['by_length']
+    lengths, accuracies = [b['length'] for b in bins], [b['accuracy'] for b in bins]
+    errors = [b.get('accuracy_stderr', 0.0) for b in bins]
+    right.errorbar(lengths, accuracies, errors, color=color, marker='o', markersize=4, capsize=3, label=name)
+  left.set_xscale('log', base=2)
+  left.set_xlim(0.9, largest * 1.1)
+  ticks = [2**i for i in range(math.floor(math.log2(largest)) + 1)]
+  left.set_xticks(ticks, [str(k) for k in ticks])
+  left.set_xlabel('k samples')
+  left.set_title('accuracy by samples (bands: 95 %)')
+  right.xaxis.set_major_locator(MaxNLocator(integer=True))
+  right.set_xlabel('response length (tokens)')
+  right.set_title('accuracy by length (bars: one standard error)')
+  for axis in (left, right):
+    axis.set_ylabel('accuracy')
+    axis.set_ylim(-0.02, min(1.02, max(0.1, axis.get_ylim()[1])))
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize=7, handlelength=3)
+  figure.tight_layout()
+  with path.open('wb') as file:
+    figure.savefig(file, format='png', dpi=100)
+  plt.close(figure)
