@@ -158,6 +158,7 @@ def command(argv: list[str]) -> None:
   source = flags.get('checkpoint', '')
   check(bool(source), '--checkpoint=RUN_OR_WEIGHTS is missing')
   settings, overridden = config_lib.read_file(flags['config']), set()
+  check('stages' not in settings, f'{flags["config"]}: the stages of a pipeline: an evaluation takes the config of one run')
   keys_set = set(config_lib.flatten(settings))
   for name, value in flags.items():
     if name.startswith('config.'):

@@ -522,6 +522,7 @@ def test_checkpoint_is_named(trained, tmp_path, capsys):
     ),
     ([empty, '--checkpoint=tests/fixtures/llama'], '--workdir=DIR is missing: tests/fixtures/llama is no workdir of ours'),
     ([empty, f'--checkpoint={trained[0]}'], "'eval.evaluators' is empty"),
+    (['--config=configs/demo.py', f'--checkpoint={trained[0]}'], 'configs/demo.py: the stages of a pipeline'),
   ):
     assert evaluate.main(argv) == 2 and wanted in capsys.readouterr().err
 

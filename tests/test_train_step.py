@@ -22,6 +22,14 @@ N, T, LIMIT, TEMPERATURE = 16, 12, 9, 0.8
 GIVEN = Given(('accuracy',), (1.0,), LIMIT)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quick_to_compile():
+  """A third less compilation, for programs that run a few times."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def random_params(seed):
   rng, table = np.random.default_rng(seed), model.weight_table(ARCH)
   return jax.tree.map(
@@ -189,14 +197,6 @@ def test_devices(one_device, sizes):
     assert value == pytest.approx(one_device[2][name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.fixture
-def quick_to_compile():
-  """Half the compilation time, for programs that run a few times."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def elsewhere(batch: Batch) -> Batch:
   """The same rows in another order of groups, 24 columns wide, each with another number of padding columns on its left."""
   order = np.arange(N).reshape(4, 4)[[2, 0, 3, 1]].reshape(-1)
@@ -235,7 +235,7 @@ def step_of(objective, batch, micro_batch, mesh, rate):
 
 
 @pytest.mark.parametrize('name', SETTINGS)
-def test_every_setting_is_invariant(name, quick_to_compile):
+def test_every_setting_is_invariant(name):
   """Failure: a setting's update depends on micro-batches, the amount or side of padding, the order of groups, or the devices. Its clip
   acts in the second update, or this test has not seen it."""
   updates = 1 if name == 'rloo' else 2
@@ -262,7 +262,7 @@ DIRECTIONAL = {
 
 
 @pytest.mark.parametrize('name', DIRECTIONAL)
-def test_gradient_through_the_model(name, quick_to_compile):
+def test_gradient_through_the_model(name):
   """Failure: the gradient that reaches the weights is not the slope of the loss along it: the model's log-probabilities or its entropy
   have another gradient than value. (GSPO's stop-gradient form has the gradient of its sequence ratio, so no factor stands still here.)"""
   objective = NAMED[name](given=GIVEN, num_generations=4, **DIRECTIONAL[name])
