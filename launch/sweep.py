@@ -11,6 +11,8 @@ the same seed, which then runs first. The seed goes to get_config where it takes
 
 REPORT = (...) in the file names what is compared: 'eval/EVALUATOR/METRIC' is the last evaluation, any other name is one of metrics.jsonl
 and means its mean over the last tenth of the logged steps. Default: the accuracy of every evaluator, or else `reward` and `loss`.
+COMPARE = [(ENTRY, AGAINST), ...] adds a table of differences, paired by seed: runs of one seed share their base, so that what is common to
+them falls out.
 
 A run is one `rl_reasoning.train`, in DIR/NAME/seedS, its output in DIR/NAME/seedS.log, and how it was launched in DIR/NAME/seedS.json. All
 configs are checked before anything starts. A failed run does not stop the others, only those that need it. The same command again skips

@@ -57,6 +57,7 @@ class Sweep:
   order: tuple[str, ...]  # entries, each after those that it needs
   reported: tuple[str, ...]  # entries, in the file's order
   metrics: tuple[str, ...]
+  compared: tuple[tuple[str, str], ...]  # (entry, the entry it is held against)
 
   def of(self, name: str) -> list[Run]:
     return [run for run in self.runs.values() if run.name == name]
@@ -147,7 +148,8 @@ def read_sweep(spec: str, seeds: Sequence[int]) -> Sweep:
     raise ConfigError(f'entries need one another in a circle: {" needs ".join(reversed(error.args[1]))}') from None
   reported = tuple(config_lib.entry_name(entry) for entry in entries if entry.get('report', True))
   runs = {run.key: run for same_seed in zip(*found.values(), strict=True) for run in same_seed}
-  return Sweep(runs, order, reported, read_metrics(path, getattr(module, 'REPORT', None), runs.values()))
+  compared = read_pairs(path, getattr(module, 'COMPARE', ()), reported)
+  return Sweep(runs, order, reported, read_metrics(path, getattr(module, 'REPORT', None), runs.values()), compared)
 
 
 def check_different(found: Mapping[str, Sequence[Run]]) -> None:
@@ -172,6 +174,15 @@ def read_metrics(path: str, chosen: Any, runs: Iterable[Run]) -> tuple[str, ...]
       check(any(metric.startswith(f'eval/{evaluator}/') for evaluator in evaluators),
             f'{path}: REPORT: {metric!r} is not eval/EVALUATOR/METRIC of an evaluator here: {", ".join(evaluators) or "none"}')  # fmt: skip
   return tuple(dict.fromkeys(chosen))
+
+
+def read_pairs(path: str, chosen: Any, reported: Sequence[str]) -> tuple[tuple[str, str], ...]:
+  good = isinstance(chosen, (list, tuple)) and all(
+    isinstance(pair, (list, tuple)) and len(pair) == 2 and pair[0] != pair[1] and all(name in reported for name in pair)
+    for pair in chosen
+  )
+  check(good, f'{path}: COMPARE is {chosen!r}, not a list of pairs of reported entries: {", ".join(reported)}')
+  return tuple((entry, against) for entry, against in chosen)
 
 
 def select(sweep: Sweep, names: Sequence[str]) -> list[Run]:

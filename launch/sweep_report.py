@@ -121,6 +121,10 @@ def shown(number: Mapping[str, Any] | None, runs: int) -> str:
   return f'{number["mean"]:.{digits}f} ± {half:.{digits}f}{few}'
 
 
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
 def report(sweep: Sweep, workdir: str, command: str, failed: Mapping[tuple[str, int], str]) -> str:
   """Writes sweep.json, sweep.md and sweep.png of the runs that are finished; returns the table. Raises ConfigError if none is."""
   done = [run for run in sweep.runs.values() if finished(run, workdir)]
@@ -136,15 +140,31 @@ def report(sweep: Sweep, workdir: str, command: str, failed: Mapping[tuple[str, 
       **{key: summary[key] for key in ('config_hash', 'steps', 'wall_s')},  # the seconds of its last start
       'starts': read_json(record)['starts'] if record.exists() else [],
       'values': {metric: values[run.key, metric] for metric in sweep.metrics if (run.key, metric) in values},
+      'evaluations': {metric: curves[run.key, metric] for metric in sweep.metrics if metric.startswith('eval/')},
     })  # fmt: skip
   entries: dict[str, dict[str, Any]] = {}
   for name in sweep.reported:
     of_metric = {metric: [values[r.key, metric] for r in sweep.of(name) if (r.key, metric) in values] for metric in sweep.metrics}
     entries[name] = {metric: over_seeds(found) for metric, found in of_metric.items() if found}
+  differences: dict[str, dict[str, Any]] = {}
+  for name, against in sweep.compared:
+    paired = {
+      metric: [values[r.key, metric] - values[(against, r.seed), metric] for r in sweep.of(name)
+               if (r.key, metric) in values and ((against, r.seed), metric) in values]
+      for metric in sweep.metrics
+    }  # fmt: skip
+    differences[f'{name} - {against}'] = {metric: over_seeds(found) for metric, found in paired.items() if found}
   missing = [metric for metric in sweep.metrics if not any(metric in numbers for numbers in entries.values())]
   unfinished = {str(run): failed.get(run.key, 'not finished') for run in sweep.runs.values() if run not in done}
   head = {'command': command, 'commit': this_commit(), 'date': now(), 'hardware': this_hardware(), 'seeds': seeds}
-  whole = {**head, 'entries': entries, 'runs': told, 'unfinished': unfinished, 'metrics_missing': missing}
+  whole = {
+    **head,
+    'entries': entries,
+    'differences': differences,
+    'runs': told,
+    'unfinished': unfinished,
+    'metrics_missing': missing,
+  }
   write_atomically(pathlib.Path(workdir, 'sweep.json'), json.dumps(whole, indent=1))
 
   columns = [metric for metric in sweep.metrics if metric not in missing]
@@ -153,7 +173,11 @@ def report(sweep: Sweep, workdir: str, command: str, failed: Mapping[tuple[str, 
     count = sum(run.name == name for run in done)
     numbers = [shown(entries[name].get(metric), count) for metric in columns]
     rows.append([name, f'{count}/{len(seeds)}', *numbers])
-  table = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+  table = as_table(rows)
+  if differences:
+    held = [['difference, paired by seed', *columns], ['---'] * (1 + len(columns))]
+    held += [[pair, *(shown(of.get(metric), len(seeds)) for metric in columns)] for pair, of in differences.items()]
+    table += '\n\n' + as_table(held)
   notes = [f'{run} is not in the table: {why}' for run, why in unfinished.items()]
   notes += [f'no run has the metric {metric}' for metric in missing]
   commits = {begun['commit'] for run in told for begun in run['starts']}

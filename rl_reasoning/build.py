@@ -109,7 +109,7 @@ def make_objective(config: Config):
   settings = dict(config.objective)
   name = settings.get('name', 'sft')
   check(isinstance(name, str) and name in OBJECTIVES, f"config key 'objective.name': {name!r} is none of {', '.join(OBJECTIVES)}")
-  cls = OBJECTIVES[name]
+  cls: Any = OBJECTIVES[name]
   preset, cls = (cls.keywords, cls.func) if isinstance(cls, functools.partial) else ({}, cls)
   given = {}
   if 'given' in {f.name for f in dataclasses.fields(cls)}:
@@ -119,14 +119,28 @@ def make_objective(config: Config):
   return from_mapping(cls, {**preset, **settings}, 'objective.', **given)
 
 
+def keys_under(config: Config, prefix: str) -> list[str]:
+  return [key for key in flatten(dataclasses.asdict(config)) if key == prefix or key.startswith(prefix + '.')]
+
+
+def inert_sections(config: Config) -> dict[str, str]:
+  """key -> why it cannot act, whatever the objective, and in an evaluation without one."""
+  why = {}
+  if config.data.mixture:
+    why |= dict.fromkeys(('data.task', 'data.path', 'data.options', 'data.train_size'), 'data.mixture names the tasks')
+  if config.data.curriculum == 'none':
+    why |= dict.fromkeys(('data.curriculum_floor', 'data.curriculum_decay'), 'data.curriculum is none')
+  if not any(':' in name for name in config.rewards.functions):
+    why['rewards.timeout'] = 'no reward function is a module:function; those of REWARDS keep their own limits'
+  return {key: reason for prefix, reason in why.items() for key in keys_under(config, prefix)}
+
+
 def inert(config: Config, objective) -> dict[str, str]:
   """key -> why it cannot act in this config. A key that a config sets and that is here is refused; defaults here are only listed."""
-  dead: dict[str, str] = {}
+  dead = inert_sections(config)
 
   def drop(prefix: str, why: str):
-    for key in flatten(dataclasses.asdict(config)):
-      if key == prefix or key.startswith(prefix + '.'):
-        dead[key] = why
+    dead.update(dict.fromkeys(keys_under(config, prefix), why))
 
   rl, evaluates = 'rollout' in objective.sources, config.eval.every and config.eval.evaluators
   if not rl and not evaluates:
@@ -143,14 +157,6 @@ def inert(config: Config, objective) -> dict[str, str]:
       'data.max_length',
       'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length',
     )
-  if config.data.mixture:
-    for key in ('task', 'path', 'options', 'train_size'):
-      drop(f'data.{key}', 'data.mixture names the tasks')
-  if config.data.curriculum == 'none':
-    for key in ('curriculum_floor', 'curriculum_decay'):
-      drop(f'data.{key}', 'data.curriculum is none')
-  if not any(':' in name for name in config.rewards.functions):
-    drop('rewards.timeout', 'no reward function is a module:function; those of REWARDS keep their own limits')
   if not config.eval.every:
     drop('eval', 'eval.every is 0')
     dead.pop('eval.every')
@@ -168,20 +174,27 @@ def inert(config: Config, objective) -> dict[str, str]:
   return dead
 
 
+def check_splits(config: Config, objective) -> None:
+  """The rows of a step divide into updates and micro-batches, whatever the mesh: an error here names key, number and divisor."""
+  rows, minibatches = config.data.batch_size * sum(objective.sources.values()), objective.num_minibatches
+  check(rows % minibatches == 0, f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {minibatches}")
+  update = rows // minibatches
+  micro = config.optim.micro_batch or update
+  check(micro <= update, f"config key 'optim.micro_batch': {micro} rows are more than the {update} of an update")
+  check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
+
+
 def check_sizes(config: Config, objective, mesh: Mesh) -> None:
-  """Every batch divides over the mesh, and every split is even: an error here names key, number and divisor."""
+  """Every split is even and divides over the mesh, too."""
+  check_splits(config, objective)
   devices = sharding.axis_size(mesh, 'rows')
   where = f'over the {devices} row shards of mesh {dict(mesh.shape)}'
   prompts, size = config.data.batch_size, config.eval.batch_size
   check(prompts % devices == 0, f"config key 'data.batch_size': {prompts} does not divide {where}")
   check(not config.eval.every or size % devices == 0, f"config key 'eval.batch_size': {size} does not divide {where}")
-  rows, minibatches = prompts * sum(objective.sources.values()), objective.num_minibatches
-  check(rows % minibatches == 0, f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {minibatches}")
-  update, unit = rows // minibatches, devices * objective.rows_together
+  update, unit = prompts * sum(objective.sources.values()) // objective.num_minibatches, devices * objective.rows_together
   check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where}")
   micro = config.optim.micro_batch or update
-  check(micro <= update, f"config key 'optim.micro_batch': {micro} rows are more than the {update} of an update")
-  check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
   check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where}")
 
 
@@ -214,9 +227,15 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
           'distribution than it was sampled from (use them in an evaluator)')  # fmt: skip
     check(config.rollout.temperature > 0, "config key 'rollout.temperature': 0 is greedy, which explores nothing")
     check(bool(config.rewards.functions), "config key 'rewards.functions': empty, nothing would be learned")
+    check(
+      not config.rewards.weights or any(config.rewards.weights), "config key 'rewards.weights': all 0, nothing would be learned"
+    )
   if config.data.curriculum != 'none':
     measured = 'rollout' in objective.sources and 'accuracy' in config.rewards.functions
-    check(measured, f"config key 'data.curriculum': {config.data.curriculum!r} goes by the reward 'accuracy' of rollouts, which this run has not")
+    check(
+      measured,
+      f"config key 'data.curriculum': {config.data.curriculum!r} goes by the reward 'accuracy' of rollouts, which this run has not",
+    )
   if 'rewards.functions' not in dead:
     rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
@@ -339,6 +358,7 @@ def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree
 def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   """Resolved config, hash, the effective formula, batch sizes, and what is inert: for --explain, sweeps and launchers."""
   resolved, objective, arch = resolve(config, keys_set)
+  check_splits(resolved, objective)
   optim.make(config.optim, 1)
   sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
   dead = inert(config, objective)

@@ -425,6 +425,8 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     not weights or len(weights) == len(functions),
     f"config key 'rewards.weights': {len(weights)} weights for {len(functions)} functions",
   )
+  twice = sorted({name for name in functions if functions.count(name) > 1})
+  check(not twice, f"config key 'rewards.functions': {', '.join(twice)} is named twice; rewards.weights says how much it counts")
   return config
 
 

@@ -206,12 +206,12 @@ class Train:
     floor, p = self.data.curriculum_floor, cursor[f'pass_rate/{name}']
     return floor + (1 - floor) * 4 * p * (1 - p)
 
-  def draw_names(self, cursor: Mapping[str, Any], size: int) -> list[str]:
+  def draw_names(self, cursor: Mapping[str, Any], size: int) -> Iterator[str]:
     """Which tasks the next `size` slots take."""
     names = list(self.sources)
     shares = [self.weights[name] * self.factor(cursor, name) for name in names]
     slots = range(cursor['drawn'], cursor['drawn'] + size)
-    return [random.Random(f'mixture/{self.seed}/{slot}').choices(names, shares)[0] for slot in slots]
+    return (random.Random(f'mixture/{self.seed}/{slot}').choices(names, shares)[0] for slot in slots)
 
   def draw(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
     """(rows, next cursor). Two draws give what one of their sizes together gives, unless pass rates are observed in between."""
@@ -245,9 +245,15 @@ class Train:
   def preview(self, count: int) -> Iterator[dict]:
     """The rows that the first `count` draws of a run read, each once: all rows where a curriculum leaves open which those are."""
     read = {name: len(source) for name, source in self.sources.items()}
-    if not self.adapts:
-      taken = collections.Counter(self.draw_names(self.first(), count)) if self.mixed else {'': count}
-      read = {name: min(taken[name], len(source)) for name, source in self.sources.items()}
+    if not self.mixed:
+      read[''] = min(count, read[''])
+    elif not self.adapts:
+      left = dict(read)
+      for name in self.draw_names(self.first(), count):
+        left[name] = max(0, left[name] - 1)
+        if not any(left.values()):  # all are read; a long run has far more slots than its tasks have rows
+          break
+      read = {name: read[name] - left[name] for name in read}
     for name, source in self.sources.items():
       for position in range(read[name]):
         (row,), _ = batch(source, position, 1, self.seed)

@@ -55,13 +55,14 @@ def begins(key: str, prefixes: tuple[str, ...]) -> bool:
   return any(key == prefix or key.startswith(prefix + '.') for prefix in prefixes)
 
 
-def check_keys(keys_set: set[str], overridden: set[str]) -> None:
+def check_keys(config: Config, keys_set: set[str], overridden: set[str]) -> None:
   """Refuses keys that cannot act: all of them in a config of its own, in a training run's only those of the command line."""
   training = any(begins(key, TRAINING) for key in keys_set - overridden)
   given = overridden if training else keys_set
   check('roles.policy.init' not in given, "config key 'roles.policy.init' cannot act here: --checkpoint stands for it")
-  dead = [key for key in sorted(given) if not begins(key, READ)]
-  check(not dead, 'config keys that cannot act in an evaluation:\n  ' + '\n  '.join(map(repr, dead)))
+  idle = build.inert_sections(config)
+  dead = [repr(key) + (f': {idle[key]}' if key in idle else '') for key in sorted(given) if key in idle or not begins(key, READ)]
+  check(not dead, 'config keys that cannot act in an evaluation:\n  ' + '\n  '.join(dead))
 
 
 def open_run(config: Config, source: str) -> tuple[build.Run, PyTree]:
@@ -164,11 +165,12 @@ def command(argv: list[str]) -> None:
     if name.startswith('config.'):
       change = config_lib.override({}, name.removeprefix('config.'), config_lib.parse_value(value))
       settings, overridden = config_lib.merge(settings, change), overridden | set(config_lib.flatten(change))
-  check_keys(keys_set | overridden, overridden)
+  config = config_lib.resolve(settings)
+  check_keys(config, keys_set | overridden, overridden)
   workdir = flags.get('workdir') or (os.path.join(source, 'evaluation') if build.is_run(source) else '')
   check(bool(workdir), f'--workdir=DIR is missing: {source} is no workdir of ours')
   environment.cache_compilations()
-  result = run_evaluation(config_lib.resolve(settings), source, workdir, overwrite='overwrite' in flags)
+  result = run_evaluation(config, source, workdir, overwrite='overwrite' in flags)
   rows = train.evaluation_rows([{'step': '', 'evaluators': result['evaluators']}])
   metrics.summary_table(source, train.EVALUATION_COLUMNS[1:], [row[1:] for row in rows])
   print(f'{workdir}/evaluation.md, evaluation.png, evaluation.json; samples: {workdir}/samples/')

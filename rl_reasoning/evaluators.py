@@ -56,7 +56,8 @@ def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
   evaluators = {}
   for name, options in settings.items():
     key = f'eval.evaluators.{name}'
-    check(bool(name) and name[0] != '.' and not set(name) & set('/\\\0'), f'config key {key!r}: the name is that of a file, too')
+    named = bool(name) and name[0] != '.' and not set(name) & set('/\\\0') and len(name.encode()) <= 200
+    check(named, f'config key {key!r}: the name is that of a file, too')
     check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
     e = evaluators[name] = from_mapping(Evaluator, options, key + '.')
     ranges = {'num_samples': e.num_samples >= 1, 'temperature': e.temperature >= 0, 'top_k': e.top_k >= 0, 'top_p': 0 < e.top_p <= 1,
@@ -171,7 +172,10 @@ class SampleFile:
   def __init__(self, folder: epath.Path, name: str, of: Mapping[str, Any]):
     folder.mkdir(parents=True, exist_ok=True)
     self.path, self.about, self.of = folder / f'{name}.jsonl', folder / f'{name}.json', dict(of)
-    known = json.loads(self.about.read_text()) if self.about.exists() else {}
+    try:
+      known = json.loads(self.about.read_text()) if self.about.exists() else {}
+    except ValueError:  # a machine that lost its power leaves an empty file
+      known = {}
     if known.get('of') != self.of:
       if known:
         differs = ', '.join(key for key in self.of if known['of'].get(key) != self.of[key])
@@ -331,7 +335,8 @@ def evaluate(
   for column in COLUMNS:
     groups = collections.defaultdict(list)
     for s in samples:
-      groups[rows[s['problem']].get(column)].append(s)
+      value = rows[s['problem']].get(column)
+      groups[value if value is None or isinstance(value, (str, int, float)) else json.dumps(value)].append(s)
     groups.pop(None, None)
     for value in sorted(groups, key=lambda v: (isinstance(v, str), v)):
       result.setdefault(column, {})[str(value)] = measure(groups[value], rows, evaluator)

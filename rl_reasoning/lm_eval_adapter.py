@@ -83,6 +83,8 @@ class JaxLM(TemplateLM):
     }  # what the harness always hands over
     check(not left, f'--model_args: {", ".join(sorted(left))} is unknown to the model rl_reasoning')
     check(str(batch_size).isdigit() and int(batch_size) > 0, f'--batch_size={batch_size}: a positive number of rows')
+    for key, value in (('max_length', max_length), ('max_gen_toks', max_gen_toks), ('seed', seed)):
+      check(str(value).isdigit(), f'{key}={value}: a whole number is needed')
     settings = {'model': {'dtype': dtype}, 'roles': {'policy': {'tokenizer': tokenizer}}}
     self.run, self.params = open_run(config_lib.resolve(settings), checkpoint)
     devices = sharding.axis_size(self.run.mesh, 'rows')

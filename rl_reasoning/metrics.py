@@ -276,9 +276,9 @@ def curves(workdir: str) -> None:
   if evaluations:
     axis = axes[len(panels)]
     for name in evaluations[-1]['evaluators']:
-      points = [(e['step'], *(e['evaluators'][name].get(k) for k in ('accuracy', 'accuracy_stderr'))) for e in evaluations]
-      steps, accuracy, error = zip(*points, strict=True)
-      axis.errorbar(steps, accuracy, [x or 0 for x in error], label=name, marker='o', capsize=3)
+      points = [(e['step'], e['evaluators'][name]) for e in evaluations if e['evaluators'][name].get('accuracy') is not None]
+      accuracy, error = ([m.get(key) or 0.0 for _, m in points] for key in ('accuracy', 'accuracy_stderr'))
+      axis.errorbar([step for step, _ in points], accuracy, error, label=name, marker='o', capsize=3)
     axis.set_title('held-out accuracy (bars: one standard error)')
     axis.set_ylim(0, 1)
   for axis in axes[:count]:

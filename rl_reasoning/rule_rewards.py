@@ -37,7 +37,9 @@ def grade(prompts: Sequence, completions: Sequence, columns: Mapping[str, Any], 
   coded = [n for n in range(len(texts)) if tests[n] is not None]
   answered = [n for n in range(len(texts)) if tests[n] is None]
   if coded:
-    some = {k: [v[n] for n in coded] for k, v in columns.items() if k != 'unsafe'}  # code_binary's option is no matter of the data
+    some = {
+      k: [v[n] for n in coded] for k, v in columns.items() if k != 'unsafe'
+    }  # code_binary's option is no matter of the data
     found = code_binary([''] * len(coded), [texts[n] for n in coded], unsafe=False, **some)
     for n, value in zip(coded, found, strict=True):
       values[n] = value
@@ -52,7 +54,7 @@ def grade(prompts: Sequence, completions: Sequence, columns: Mapping[str, Any], 
 
 
 def accuracy(prompts, completions, completion_ids=None, **columns) -> list[float | None]:
-  """1 where the one marked answer after the thinking is the `answer` column's (or solves `numbers` -> `target`, or passes `tests`), else 0."""
+  """1 where the one marked answer after the thinking is the column `answer` (solves `numbers` to `target`, passes `tests`), else 0."""
   return grade(prompts, completions, columns, flexible=False)
 
 

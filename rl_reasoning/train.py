@@ -265,6 +265,7 @@ def command(argv: list[str]) -> None:
   config, keys_set, flags = parse(argv)
   if 'explain' in flags:
     explained = build.explain(config, keys_set, jax.device_count())
+    evaluators.make_evaluators(config.eval.evaluators)
     print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
     return
   check(bool(flags.get('workdir')), '--workdir=DIR is missing')

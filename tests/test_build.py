@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch import sweep_entries
 from rl_reasoning import build, collect, config, data, evaluators, metrics, model, optim, pipeline, rollout, sharding
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
@@ -309,6 +310,13 @@ def test_refusals_say_why(settings, key, why):
   assert len(lines) == 1 and why in lines[0]
 
 
+def test_weights_of_nothing_are_refused():
+  """Failure: a run that can learn nothing goes to its end; or a weight of 0, which only logs a reward, is refused."""
+  settings = config.override(GRPO, 'rewards.weights', (0.0, 0.0))
+  assert "'rewards.weights': all 0" in refusal(resolve, settings)
+  resolve(config.override(settings, 'rewards.weights', (1.0, 0.0)))
+
+
 def test_truncation_is_refused_in_training():
   """Failure: the policy is scored under another distribution than the one it was sampled from."""
   for key, value in (('top_k', 5), ('top_p', 0.9), ('min_p', 0.1)):
@@ -482,8 +490,11 @@ def test_configs():
   stages['rl'] = config.override(stages['rl'], 'roles.policy.init', '')
   gsm8k = [config.read_file(f'configs/grpo_gsm8k.py:stage={stage}') for stage in ('sft', 'rl')]
   tiny = [config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo')]
-  for settings in (*stages.values(), *gsm8k, *tiny):
-    resolved, _, _ = resolve(settings)
+  family = sweep_entries.read_sweep('configs/sweeps/grpo_family.py', [0]).runs.values()
+  swept = [config.override(run.settings, 'roles.policy.init', '') for run in family]
+  for settings in (*stages.values(), *gsm8k, *tiny, *swept):
+    resolved, objective, _ = resolve(settings)
+    build.check_splits(resolved, objective)
     evaluators.make_evaluators(resolved.eval.evaluators)
 
 
@@ -516,6 +527,8 @@ def test_explain():
   text = metrics.explanation(got)
   assert got['hash'] in text and 'completions_per_step: 32' in text and 'eval.size: eval.every is 0' in text
   assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
+  uneven = config.resolve(config.merge(GRPO, {'objective': {'num_minibatches': 3}}))
+  assert "'objective.num_minibatches': 32 rows" in refusal(build.explain, uneven, set(), 1)
 
 
 def test_lower_bound_that_never_clips():

@@ -208,6 +208,7 @@ BAD += [(key, 'no such', 'is none of ' + ', '.join(choices)) for key, choices in
 BAD += [
   ('rollout.top_p', 0.0, 'is not in (0, 1]'), ('rollout.top_p', 1.5, 'is not in (0, 1]'), ('rollout.min_p', 1.0, 'is not in [0, 1)'),
   ('rewards.weights', (1.0,), '1 weights for 2 functions'),
+  ('rewards.functions', ('format', 'accuracy', 'format'), 'format is named twice'),
   ('data.curriculum_floor', 1.0, 'must be below 1'), ('data.curriculum_decay', 1.0, 'must be below 1'),
   ('data.curriculum', 'pass_rate', 'has nothing to choose from without data.mixture'),
 ]  # fmt: skip
@@ -472,6 +473,17 @@ def test_explain_in_a_process_of_its_own(tmp_path):
   assert explained['hash'] == config.digest(explained['config']) and 'data.max_length' in explained['inert_defaults']
   wrong = call('--config.sed=7', '--explain=json')
   assert wrong.returncode == 2 and wrong.stdout == '' and wrong.stderr.startswith("error: config key 'sed' is unknown")
+
+
+@pytest.mark.parametrize('flags, wanted', [
+  (['--config.optim.micro_batch=5'], "config key 'optim.micro_batch': 16 rows an update do not divide by 5"),
+  (['--config.eval.every=1', '--config.eval.evaluators.e.prefx=x'], "did you mean 'eval.evaluators.e.prefix'?"),
+])  # fmt: skip
+def test_explain_refuses(flags, wanted, capsys):
+  """Failure: a sweep, which asks --explain before it begins, learns of a mistake when the run's turn comes."""
+  assert train.main(['--config=configs/tiny.py', '--explain', *flags]) == 2
+  found = capsys.readouterr()
+  assert wanted in found.err and found.out == ''
 
 
 def test_explain_reads_well(command, tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 import time
@@ -244,6 +245,7 @@ def mixed(tmp_path, mixture=None, seed=0, **keys):
 
 def check_shares(names, weights):
   """Within four standard errors of the proportions of `weights`."""
+  names = list(names)
   for name, weight in weights.items():
     expected = weight / sum(weights.values())
     assert abs(names.count(name) / len(names) - expected) < 4 * (expected * (1 - expected) / len(names)) ** 0.5
@@ -254,7 +256,7 @@ def test_mixture(tmp_path):
   train = mixed(tmp_path)
   assert train.first() == {'train/easy': 0, 'train/hard': 0, 'train/other': 0, 'drawn': 0} and len(train) == 365
   rows, cursor = train.draw(train.first(), 400)
-  assert [row['dataset'] for row in rows] == train.draw_names(train.first(), 400) and cursor['drawn'] == 400
+  assert [row['dataset'] for row in rows] == list(train.draw_names(train.first(), 400)) and cursor['drawn'] == 400
   for name, component in components(train.data).items():
     own = [{k: v for k, v in row.items() if k != 'dataset'} for row in rows if row['dataset'] == name]
     alone = Data(task=component.task, options=component.options, cache_dir=str(tmp_path / 'cache'))
@@ -331,7 +333,7 @@ def test_what_is_observed(tmp_path):
     train.observe(cursor, rows, [1.0])
 
 
-def test_preview(tmp_path):
+def test_preview(tmp_path, monkeypatch):
   """Failure: a row that a run will read is not checked before it begins, or a row that it never reads stops it."""
   train = mixed(tmp_path)
   read = train.draw(train.first(), 40)[0]
@@ -340,6 +342,11 @@ def test_preview(tmp_path):
   assert len(every) == 365 and sorted(map(json.dumps, train.preview(20_000))) == every
   adapting = mixed(tmp_path, curriculum='pass_rate')
   assert sorted(map(json.dumps, adapting.preview(1))) == every
+  slots, generator = [], random.Random
+  with monkeypatch.context() as patch:
+    patch.setattr(random, 'Random', lambda slot: slots.append(slot) or generator(slot))
+    list(train.preview(100_000))
+  assert 365 <= len(slots) < 20_000  # a run of a million steps must not spend hours on the slots of rows that are all read
 
 
 def test_test_split_of_a_mixture(tmp_path):

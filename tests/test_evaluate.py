@@ -228,6 +228,10 @@ def test_groups_add_up(monkeypatch):
   assert {v: m['problems'] for v, m in got['dataset'].items()} == {'a': 1, 'b': 2}
   inside = sum(m['problems'] * m['accuracy'] for m in got['difficulty'].values())
   assert inside + 1.0 == pytest.approx(5 * got['accuracy'])  # the last problem has no difficulty and is right twice
+  stub(monkeypatch, [RIGHT, WRONG])
+  rows = [{'prompt': 'x', 'answer': '7', 'difficulty': d} for d in ([1, 2], 'hard')]  # a file may hold anything
+  got = evaluators.evaluate(make_run(batch_size=2), {}, rows, 'it', one({}))[0]['difficulty']
+  assert {v: m['accuracy'] for v, m in got.items()} == {'[1, 2]': 1, 'hard': 0}
 
 
 def test_accuracy_by_length():
@@ -309,7 +313,7 @@ def test_refused(options, key, says):
     one(options)
   with pytest.raises(ConfigError, match=r"'eval.evaluators.it': 3 is not a mapping"):
     one(3)  # type: ignore[arg-type]
-  for name in ('', '../x', '.x', 'a/b'):
+  for name in ('', '../x', '.x', 'a/b', 'x' * 201):
     with pytest.raises(ConfigError, match='the name is that of a file'):
       evaluators.make_evaluators({name: {}})
 
@@ -385,6 +389,8 @@ def test_resume_is_bit_for_bit(cut, params, tmp_path, monkeypatch):
     assert evaluators.evaluate(run, params, PROBLEMS, 'it', evaluator, part) == expected and calls == []
   assert contents(tmp_path / 'part') == contents(tmp_path / 'whole')
   assert [json.loads(line) for line in file.read_text().splitlines()] == expected[1]
+  (tmp_path / 'part' / 'it.json').write_text('')  # what a machine without power leaves: nobody knows of what these are samples
+  assert evaluators.evaluate(run, params, PROBLEMS, 'it', evaluator, part) == expected
 
 
 @pytest.mark.parametrize('change', ['params', 'seed', 'evaluator', 'problems', 'batch_size'])
@@ -495,6 +501,11 @@ def test_training_config_evaluates_too(trained, tmp_path):
     (['--config.optim.learning_rate=1.0'], "cannot act in an evaluation:\n  'optim.learning_rate'"),
     (['--config.rollout.temperature=1.0'], "cannot act in an evaluation:\n  'rollout.temperature'"),
     (['--config.eval.every=3'], "cannot act in an evaluation:\n  'eval.every'"),
+    (
+      ["--config.data.mixture={'a': {'task': 'linear'}}"],
+      "cannot act in an evaluation:\n  'data.path': data.mixture names the tasks",
+    ),
+    (['--config.rewards.timeout=3.0'], "'rewards.timeout': no reward function is a module:function"),
     (['--config.roles.policy.init=x'], "'roles.policy.init' cannot act here: --checkpoint stands for it"),
     (['--config.eval.evaluators.greedy.ks=(2,)'], "'eval.evaluators.greedy.ks'"),
     (['--config.eval.batch_size=12'], "'eval.batch_size': 12 does not divide over the 8"),

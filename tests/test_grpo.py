@@ -606,8 +606,9 @@ def test_formula_of_options():
   for keys, words in (
     ({'delta': 3.0, **TWICE}, ['at most -3 A where A < 0']),
     ({'tis_cap': 2.0}, ['stop_grad(min(exp(logp_old - logp_sample), 2))']),
-    ({'beta': 0.1, 'kl_importance_weighted': True, 'ref_model_sync_updates': 400}, ['importance-weighted', 'moves every 400 updates']),
-    ({'beta': 0.1, 'ref_model_ema': 0.75}, ['moves every 1 updates to 0.75 reference + 0.25 policy']),
+    ({'beta': 0.1, 'kl_importance_weighted': True, 'ref_model_sync_updates': 400},
+     ['importance-weighted', 'moves after a step in which the updates reach or cross a multiple of 400']),
+    ({'beta': 0.1, 'ref_model_ema': 0.75}, ['moves every step to 0.75 reference + 0.25 policy']),
     ({'beta': 0.1}, ['reference frozen']),
     ({'entropy_coef': 0.01}, ['entropy: bonus 0.01']),
     ({'entropy_target': 1.5}, ['bonus from 0, by 0.001 a step within [0, 0.05] towards 1.5 nats']),
@@ -634,6 +635,9 @@ def test_inert(name):
   kl = {'kl_estimator', 'kl_in', 'ref_model_sync_updates', 'ref_model_ema'}
   assert kl & one.keys() == (set() if TABLE[name].get('beta') else kl)
   assert ('kl_importance_weighted' in one) == (name != 'r1')
+  if name == 'r1':  # k3 is weighed with the ratio's gradient, k2 by its value alone
+    assert 'kl_importance_weighted' in make(name, kl_estimator='k2').inert()
+    assert 'kl_importance_weighted' not in make(name, kl_estimator='k2', **TWICE).inert()
   assert ('max_refills' in one) == (name != 'dapo') and ('reinforce_pp_baseline' in one) == (name != 'reinforce_pp')
   assert ('scale_rewards' in one) == (name == 'reinforce_pp')
   assert {'entropy_coef_step', 'entropy_coef_max'} <= one.keys() - make(name, entropy_target=1.0).inert().keys()

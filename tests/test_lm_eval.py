@@ -141,6 +141,7 @@ def test_arguments(checkpoint):
   for arguments, wanted in (
     ({'max_lenght': 3}, 'max_lenght is unknown'),
     ({'batch_size': 'auto'}, 'a positive number of rows'),
+    ({'max_length': 'long'}, 'max_length=long: a whole number'),
     ({'max_length': 8, 'max_gen_toks': 8}, 'leaves no room'),
     ({'dtype': 'int8'}, "'model.dtype': 'int8'"),
   ):

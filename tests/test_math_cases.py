@@ -40,7 +40,8 @@ CASES = [
     r'\boxed{42',
     r'\boxed{41} \boxed{42}', r'\boxed{42} \boxed{42}', 'maybe 42', '42 unless 43', 'not the answer = 42', 'any number',
     'infinity of answers', '4.2e1',
-    '0x2A', '042_8', '101010_2',
+    '0x2A', '042_8', '101010_2', 'twice 42', 'double 42', 'the square of 42', 'reciprocal of 42', 'a multiple of 42', 'above 42',
+    'up to 42', '42 tenths',
     r'42 \text{ or } 43', r'42\text{ and }43', '42±1', r'42 \pm 1', '[42,43]', '{42,43}', '(42,42)', '1' * 300,
     '42' + ' ' * 300 + '43']),
   ('1234', None,
@@ -84,7 +85,8 @@ CASES = [
    [r'2\sqrt{3}', r'2\sqrt3', r'\sqrt{12}', r'\sqrt{3}\cdot 2', '2√3', '2sqrt(3)', r'\frac{6}{\sqrt{3}}', r'$2\sqrt{3}$',
    r'2\sqrt{3}\text{ cm}', r'2\sqrt{3} cm', r'x = 2\sqrt{3}', r'2\,\sqrt{3}'],
    ['3.4641', '3.464102', '3.46410161513775', r'3\sqrt{2}', r'\sqrt{3}', r'-2\sqrt{3}', r'2\sqrt{3} or 3',
-    r'2\sqrt{3}, 2\sqrt{3}', r'2\sqrt{3}=3', r'2\sqrt[3]{3}', '2', '3', r'\boxed{}']),
+    r'2\sqrt{3}, 2\sqrt{3}', r'2\sqrt{3}=3', r'2\sqrt[3]{3}', r'2\sqrt{3} \approx 4', r'4 ≈ 2\sqrt{3}', r'2\sqrt{3}\text{5}',
+    r'2\sqrt{3}\text{ or 5}', r'2\sqrt{3} \infty 5', '2', '3', r'\boxed{}']),
   (r'\sqrt{2}', None, [r'\sqrt{2}', r'\sqrt2', '2^{1/2}', '√2', 'sqrt(2)', r'\frac{2}{\sqrt{2}}'], ['1.414', '1.41421356',
       r'\sqrt{3}', r'2', r'\pm\sqrt{2}', r'\sqrt{2}, -\sqrt{2}']),
   (r'\frac{\pi}{4}', None, [r'\pi/4', r'\frac{1}{4}\pi', r'0.25\pi', 'π/4', r'\frac{2\pi}{8}', 'pi/4',
@@ -154,7 +156,7 @@ CASES = [
   ('B', None, ['B', '(B)', 'B.', 'B)', '[B]', r'\text{B}', r'\textbf{(B)}', 'b', '(b)', '**B**', r'\boxed{B}', 'B. Paris',
       '(B) Paris', 'B) 42', r'\mathrm{(B)}'],
    ['A', '(A)', 'A or B', 'B or C', 'AB', 'B, C', 'not B', 'Paris', 'A. B', 'B. or C', 'B. and C', 'A and B', 'BB', '', 'D',
-    'the letter', '(A) (B)', 'B C', 'Both', 'A B C D', 'B. not this but D', 'E']),
+    'the letter', '(A) (B)', 'B C', 'Both', 'A B C D', 'B. not this but D', 'E', 'B. A', 'B. (a)', 'B. c']),
   ('B. Paris', None, ['B', '(B)', 'B. Paris', 'Paris', 'paris', '(B) Paris', 'B) paris.'], ['B. London', 'A. Paris', 'London',
       'C', 'Paris or London', 'A', 'B. Paris or C. London']),
   ('(C)', None, ['C', '(C)', 'c'], ['B', 'D', 'A, B, C', 'C D']),
@@ -323,11 +325,13 @@ def test_time_out_is_no_verdict(monkeypatch, caplog):
   """Failure: an answer that could not be judged counts as wrong (or right), in silence, or is never judged again."""
   counts = pool.shared('math').counts
   before = counts['timeout']
+  asked = [(f'(x+{a})(x-{a})', f'x^2-{a * a}') for a in range(2, 8)]
   monkeypatch.setattr('rl_reasoning.verify.answers.TIMEOUT', 1e-4)
-  assert verdict(r'\frac{\pi}{5}', r'\pi/5') is None
+  # Several: where this process is late to look, a verdict may be there by then.
+  assert None in [verdict(gold, answer) for gold, answer in asked]
   assert counts['timeout'] > before and 'no verdict' in caplog.text
   monkeypatch.undo()
-  assert verdict(r'\frac{\pi}{5}', r'\pi/5') is True
+  assert all(verdict(gold, answer) is True for gold, answer in asked)
 
 
 def test_verdicts_are_kept(monkeypatch):

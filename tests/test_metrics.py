@@ -255,7 +255,8 @@ def test_curves(values, panels, evaluations, entries, tmp_path):
   if evaluations:
     lines = metrics.JsonLines(epath.Path(tmp_path / 'eval.jsonl'), 0)
     for step in range(evaluations):
-      lines.append({'step': step, 'evaluators': EVALUATION})
+      nothing = {'problems': 0.0, 'format': 0.5}  # no completion had a verdict: accuracy is left out
+      lines.append({'step': step, 'evaluators': {**EVALUATION, 'none': nothing, 'once': EVALUATION['pass'] if step else nothing}})
   metrics.curves(str(tmp_path))
   picture = plt.imread(tmp_path / 'curves.png')
   panels += bool(evaluations)  # and none for a metric that never was a number

@@ -131,6 +131,10 @@ def test_refused_sweeps(file, entries, wanted):
     ('def get_config():\n  return {"stages": {}}\ndef sweep(base):\n  return [{}]\n', 'c.py is a pipeline config'),
     ('def get_config(seed):\n  return {}\ndef sweep(base):\n  return [{}]\n', 'takes a seed and returns the same for 0 and 1'),
     (CONFIG + 'def sweep(base):\n  return [{}]\nREPORT = "loss"\n', "REPORT is 'loss', not a list"),
+    (
+      CONFIG + 'def sweep(base):\n  return [{"name": "a"}]\nCOMPARE = [("a", "b")]\n',
+      'not a list of pairs of reported entries: a',
+    ),
     (CONFIG + 'def sweep(base):\n  return [{}]\nREPORT = ["eval/gredy/accuracy"]\n', 'of an evaluator here: greedy'),
   ],
 )
@@ -355,7 +359,7 @@ def test_report(file, tmp_path, capsys):
   """Failure: the table, the JSON or the figure says something else than the runs' own files, or hides that runs are missing."""
   path = file(
     "[{'name': 'base', 'report': False}, {'name': 'a', 'eval.size': 1}, {'name': 'b', 'eval.size': 2}, {'name': 'c', 'eval.size': 3}]",
-    "REPORT = ('eval/greedy/accuracy', 'loss', 'reward')\n",
+    "REPORT = ('eval/greedy/accuracy', 'loss', 'reward')\nCOMPARE = [('a', 'b'), ('c', 'a')]\n",
   )
   workdir = tmp_path / 'w'
   for seed, last in enumerate((0.5, 0.7, 0.6)):
@@ -371,6 +375,11 @@ def test_report(file, tmp_path, capsys):
 | a | 3/3 | 0.60 ± 0.25 | 3.0 ± 2.5 |
 | b | 1/3 | 0.25 | 4 |
 | c | 0/3 |  |  |
+
+| difference, paired by seed | eval/greedy/accuracy | loss |
+| --- | --- | --- |
+| a - b | 0.45 (n=1) | -1 (n=1) |
+| c - a |  |  |
 """
   text = (workdir / 'sweep.md').read_text()
   assert text.startswith(table.lstrip()) and table in '\n' + capsys.readouterr().out
@@ -381,6 +390,11 @@ def test_report(file, tmp_path, capsys):
   assert got['entries']['b'] == {'eval/greedy/accuracy': sweep_report.over_seeds([0.25]), 'loss': sweep_report.over_seeds([4.0])}
   assert got['entries']['c'] == {} and 'base' not in got['entries'] and got['metrics_missing'] == ['reward']
   assert [(run['name'], run['seed']) for run in got['runs']] == [('base', 0), ('a', 0), ('a', 1), ('b', 1), ('a', 2)]
+  assert got['differences'] == {
+    'a - b': {m: sweep_report.over_seeds([x]) for m, x in (('eval/greedy/accuracy', 0.7 - 0.25), ('loss', -1.0))},
+    'c - a': {},
+  }
+  assert got['runs'][1]['evaluations'] == {'eval/greedy/accuracy': [[0, 0.1], [10, 0.9], [20, 0.5]]}
   run = got['runs'][3]
   assert run['values'] == {'eval/greedy/accuracy': 0.25, 'loss': 4.0} and run['starts'] == [{'commit': 'abc'}]
   assert (run['config_hash'], run['steps'], run['wall_s'], run['overrides']) == ('h1', 20, 1.5, {'eval.size': 2, 'seed': 1})

@@ -24,6 +24,12 @@ REPORT = (
   'clip_ratio/region_mean',
   'frac_reward_zero_std',
 )
+COMPARE = (
+  ('clip_higher', 'grpo'),
+  ('tight_clip_higher', 'tight_clip'),
+  ('dr_grpo', 'grpo'),
+  ('dynamic_sampling', 'grpo'),
+)
 
 
 def get_config(seed: int = 0, stage: str = 'rl', steps: int = 80) -> dict:

@@ -192,6 +192,8 @@ class Grpo:
     drop(not self.beta, 'beta is 0',
          'kl_estimator', 'kl_in', 'kl_importance_weighted', 'ref_model_sync_updates', 'ref_model_ema')  # fmt: skip
     drop(self.kl_in_reward, 'the KL is in the reward, where no ratio weighs it', 'kl_importance_weighted')
+    drop(self.one_update and self.kl_estimator == 'k2', 'one update a rollout: k2 is weighed by the value of the ratio, which is 1',
+         'kl_importance_weighted')  # fmt: skip
     drop(not self.adaptive, 'entropy_target is None', 'entropy_coef_step', 'entropy_coef_max')
     drop(not self.dynamic_sampling, 'dynamic_sampling is off', 'max_refills')
     return dead
@@ -236,7 +238,9 @@ class Grpo:
     if self.beta:
       weighted = ', importance-weighted' * self.kl_importance_weighted
       kl = f'{self.beta:g} {self.kl_estimator}(policy, reference) in the {self.kl_in}{weighted}'
-      kl += '; reference frozen' if not self.moves else f'; reference moves every {self.ref_model_sync_updates or 1} updates'
+      often = 'every step' if self.ref_model_sync_updates is None else (
+        f'after a step in which the updates reach or cross a multiple of {self.ref_model_sync_updates}')  # fmt: skip
+      kl += f'; reference moves {often}' if self.moves else '; reference frozen'
       kl += '' if self.ref_model_ema is None else f' to {self.ref_model_ema:g} reference + {1 - self.ref_model_ema:g} policy'
     entropy = f'bonus {self.entropy_coef:g}' if self.entropy_coef else 'no bonus'
     if self.adaptive:

@@ -140,7 +140,11 @@ def spell(text: str) -> str:
     text = text[match.end() :]
   for _ in range(3):
     match = UNIT.search(text)
-    if not match or set(re.findall('[a-z]+', (match[1] or '').lower())) & TWISTS:
+    if (
+      not match
+      or set(re.findall('[a-z]+', (match[1] or '').lower())) & TWISTS
+      or re.search(r'(?<![A-Za-z^-])[0-9]', match[1] or '')
+    ):
       break
     text = text[: match.start()]
   return text.strip()
@@ -220,6 +224,8 @@ def read(text: str, commas_group: bool = True) -> Node:
 def equation(text: str) -> tuple[str | None, str]:
   """(name, value) of 'x=5'; (None, text) without '='; ('', text) for another equation. Raises Malformed for a chain and for '=' between
   two numbers ('41=42': the claim of one, the hope for the other)."""
+  if re.search(r'\\approx(?![A-Za-z])|≈', text):
+    raise Malformed  # of two sides, the parser takes one: '3 \\approx x' is 3
   sides = [side.strip() for side in EQUAL.split(text)]
   if len(sides) == 1:
     return None, text
@@ -329,6 +335,8 @@ def compare_choice(gold: str, answer: str) -> bool:
     return bool(expected[1]) and normalized(answer) == normalized(expected[1])
   if found[0] != expected[0]:
     return False
+  if option(found[1]) is not None:
+    return False  # 'B. A'
   if expected[1]:
     return not found[1] or normalized(found[1]) == normalized(expected[1])
   # The gold's own text is unknown: any will do that takes nothing back.

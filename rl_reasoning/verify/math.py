@@ -50,6 +50,13 @@ TWISTS = frozenset(
   )
 )
 
+# Another number than the one that is written: 'the square of 42', 'twice 42', 'above 42', '42 tenths'.
+CHANGED = re.compile(
+  r'\b(?:(?:square|cube|reciprocal|inverse|opposite|sum|product|multiple|factor|divisor|double)s? of(?: the)?|'
+  r'above|below|beyond|exceed(?:s|ing)|up to|double|twice|thrice|triple)[\s({]+\0|\0[\s)}]*(?:tenth|hundredth|thousandth)s?\b',
+  re.IGNORECASE,
+)
+
 
 class Number(NamedTuple):
   value: Fraction
@@ -158,6 +165,8 @@ def only_dresses(rest: str) -> bool:
   if not all(c in SIGNS or c.isalpha() or c.isspace() for c in rest):
     return False
   if re.search(r'(?<![A-Za-z])/|/(?![A-Za-z])', rest):  # km/h, not 5/x
+    return False
+  if CHANGED.search(rest):
     return False
   if '-\0' in rest or (re.search(r'\0\s*-\s*[\w(]', rest) and not re.search(r'\0-[A-Za-z]{2}', rest)):  # 5-x, not 5-year
     return False

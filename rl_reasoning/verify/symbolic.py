@@ -75,6 +75,9 @@ def equal(gold: str, answer: str) -> bool:
   if expected is None:
     raise Unreadable
   names, others = variables(gold), variables(answer)
+  infinite = (sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
+  if hasattr(found, 'has') and found.has(*infinite) and not (hasattr(expected, 'has') and expected.has(*infinite)):
+    return False  # a product with oo has been seen to equal a root: sympy's verdicts on these are not to be relied on
   if found is None or (names != others and {x.lower() for x in names} == {x.lower() for x in others}):
     return False
   mine, theirs = relations(expected), relations(found)
