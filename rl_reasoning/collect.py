@@ -132,8 +132,8 @@ def accepted_groups(
     cursor = observed(train, cursor, run, got)
     spread, reward, has = has_spread(run, got)
     drawn, refills, paid, judged = drawn + size, refills + 1, paid + float((reward * has).sum()), judged + float(has.sum())
-    good, rest = got.take(np.flatnonzero(spread)), got.take(np.flatnonzero(~spread))
-    kept, spare = (kept.join(good), spare.join(rest)) if kept else (good, rest)
+    good, rest = got.take(np.flatnonzero(spread).tolist()), got.take(np.flatnonzero(~spread).tolist())
+    kept, spare = (kept.join(good), spare.join(rest)) if kept and spare else (good, rest)
     if len(kept.rows) >= B or refills == run.objective.max_refills:
       break
   found = len(kept.rows)
