@@ -267,7 +267,8 @@ def test_curves(values, panels, evaluations, entries, tmp_path):
 
 def test_explanation():
   """Failure: --explain leaves out a size, the hash or a dead key that the JSON form has."""
-  explained = {'config': {'seed': 3}, 'hash': 'abc', 'parameters': 1234567, 'devices': 8, 'formula': ['KL: none'], 'batch_sizes': {'prompts_per_step': 4096},
+  explained = {'config': {'seed': 3}, 'hash': 'abc', 'parameters': 1234567, 'devices': 8, 'formula': ['KL: none'],
+               'batch_sizes': {'prompts_per_step': 4096},
                'inert_defaults': {'rollout.top_k': 'nothing is sampled'}}  # fmt: skip
   text = metrics.explanation(explained)
   for wanted in (
