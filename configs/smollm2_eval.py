@@ -8,7 +8,7 @@ Command: python -m rl_reasoning.evaluate --config=configs/smollm2_eval.py:gsm8k=
 
 
 def get_config(gsm8k: str = '', humaneval: str = '') -> dict:
-  sampled = {'num_samples': 4, 'temperature': 0.7, 'top_p': 0.95}
+  sampled = {'num_samples': 4, 'temperature': 0.7}
   return {
     'roles': {'policy': {'template': 'chat'}},
     'data': {'task': 'gsm8k', 'path': gsm8k, 'max_prompt_length': 512},
