@@ -3,8 +3,8 @@
 Command:  python -m launch.sweep --config=configs/sweeps/grpo_family.py --workdir=runs/grpo_family --seeds=0,1,2 --jobs=2
           (two jobs on two cores; --jobs=1 gives each run both)
 Hardware: 2 CPU cores, shared with tests. Duration: 70 minutes in all; 2.2 to 4 a run, 7 to 11 a base.
-Measured: greedy accuracy on 500 held-out problems, mean over seeds 0, 1, 2 (base .355): grpo .81, dr_grpo .75, dapo .90, gspo .81, cispo .71,
-reinforce_pp .78, rloo .87, dynamic_sampling .89; all numbers in docs/results/grpo_family.json.
+Measured: greedy accuracy on 500 held-out problems, mean over seeds 0, 1, 2 (base .355): grpo .81, dr_grpo .75, dapo .90, gspo .81,
+cispo .71, reinforce_pp .78, rloo .87, dynamic_sampling .89; all numbers in docs/results/grpo_family.json.
 
 Every entry starts from the base of its seed (configs/demo.py: chained arithmetic learned from a careless author, which prefers wrong sums)
 and makes four updates a rollout, so that ratios leave 1 and clips act; REINFORCE (rloo) makes one, as it must. The effects, each a
