@@ -19,6 +19,7 @@ from typing import Any
 from launch.sweep_entries import Sweep, finished, read_json, write_atomically
 from rl_reasoning import config as config_lib
 from rl_reasoning.config import ConfigError, check
+from rl_reasoning.tables import rows_to_markdown
 
 
 def this_commit() -> str:
@@ -121,10 +122,6 @@ def shown(number: Mapping[str, Any] | None, runs: int) -> str:
   return f'{number["mean"]:.{digits}f} ± {half:.{digits}f}{few}'
 
 
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-
-
 def report(sweep: Sweep, workdir: str, command: str, failed: Mapping[tuple[str, int], str]) -> str:
   """Writes sweep.json, sweep.md and sweep.png of the runs that are finished; returns the table. Raises ConfigError if none is."""
   done = [run for run in sweep.runs.values() if finished(run, workdir)]
@@ -168,21 +165,20 @@ def report(sweep: Sweep, workdir: str, command: str, failed: Mapping[tuple[str, 
   write_atomically(pathlib.Path(workdir, 'sweep.json'), json.dumps(whole, indent=1))
 
   columns = [metric for metric in sweep.metrics if metric not in missing]
-  rows = [['entry', 'runs', *columns], ['---'] * (2 + len(columns))]
+  rows = []
   for name in sweep.reported:
     count = sum(run.name == name for run in done)
     numbers = [shown(entries[name].get(metric), count) for metric in columns]
     rows.append([name, f'{count}/{len(seeds)}', *numbers])
-  table = as_table(rows)
+  table = rows_to_markdown(['entry', 'runs', *columns], rows)
   if differences:
-    held = [['difference, paired by seed', *columns], ['---'] * (1 + len(columns))]
-    held += [[pair, *(shown(of.get(metric), len(seeds)) for metric in columns)] for pair, of in differences.items()]
-    table += '\n\n' + as_table(held)
+    held = [[pair, *(shown(of.get(metric), len(seeds)) for metric in columns)] for pair, of in differences.items()]
+    table += '\n' + rows_to_markdown(['difference, paired by seed', *columns], held)
   notes = [f'{run} is not in the table: {why}' for run, why in unfinished.items()]
   notes += [f'no run has the metric {metric}' for metric in missing]
   commits = {begun['commit'] for run in told for begun in run['starts']}
   notes += [f'the runs are of {len(commits)} commits: {", ".join(sorted(commits))}'] if len(commits) > 1 else []
-  text = f'{table}\n' + ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
+  text = table + ''.join(f'\n- {note}' for note in notes) + ('\n' if notes else '')
   about = (f'Seeds {", ".join(map(str, seeds))}. Mean over seeds ± half of its 95 % t-interval. eval/* is the last evaluation, another '
            f'metric its mean over the last tenth of the logged steps.\n\n`{command}`\n\n'
            f'Commit {head["commit"]}, {head["date"]}, {head["hardware"]}.')  # fmt: skip

@@ -94,13 +94,15 @@ def check_reference(source: str, arch: Arch) -> None:
   check(not other, f"config key 'roles.ref.init': {source} is of another architecture than the policy: {'; '.join(other)}")
 
 
-def load_tokenizer(role: Role) -> tokenizer.Tokenizer:
-  """Raises ConfigError for one that cannot be read, or that has no chat template where the role asks for one."""
+def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
+  """Raises ConfigError for one that cannot be read, that has no chat template where the role asks for one, or more ids than embeddings."""
   try:
     tok = tokenizer.load(role.tokenizer)
     tokenizer.render_prompt('', role.template, tok)
   except Exception as error:  # a missing file, a damaged one, a template that fails: transformers raises all kinds
     raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {' '.join(str(error).split())[:600]}") from error
+  check(tok.vocab_size <= arch.vocab_size,
+        f'the tokenizer {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
   return tok
 
 
@@ -264,8 +266,13 @@ def load_params(init: str, arch: Arch, key: jax.Array, shardings: PyTree) -> PyT
 
 
 def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
+  """Raises ConfigError for a weight that does not divide over the mesh."""
+
   def place(path, w: model.Weight):
-    return sharding.named(mesh, w.shape, w.axes, 'weight ' + jax.tree_util.keystr(path, simple=True, separator='/'))
+    try:
+      return sharding.named(mesh, w.shape, w.axes, 'weight ' + jax.tree_util.keystr(path, simple=True, separator='/'))
+    except ValueError as error:
+      raise ConfigError(str(error)) from None
 
   return jax.tree_util.tree_map_with_path(place, model.weight_table(arch), is_leaf=model.is_weight)
 
@@ -295,14 +302,9 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
   mesh = make_mesh(config)
-  try:
-    shardings = param_shardings(mesh, arch)
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
+  shardings = param_shardings(mesh, arch)
   check_sizes(config, objective, mesh)
-  tok = load_tokenizer(config.roles.policy)
-  check(tok.vocab_size <= arch.vocab_size,
-        f'the tokenizer {config.roles.policy.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
+  tok = load_tokenizer(config.roles.policy, arch)
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   optimizer, schedule = optim.make(config.optim, updates)
 

@@ -74,13 +74,8 @@ def open_run(config: Config, source: str) -> tuple[build.Run, PyTree]:
   arch = build.resolve_arch(config)
   tokenizer.check_template(policy.template)
   rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
-  mesh, tok = build.make_mesh(config), build.load_tokenizer(policy)
-  check(tok.vocab_size <= arch.vocab_size,
-        f'the tokenizer {policy.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
-  try:
-    shardings = build.param_shardings(mesh, arch)
-  except ValueError as error:
-    raise config_lib.ConfigError(str(error)) from None
+  mesh, tok = build.make_mesh(config), build.load_tokenizer(policy, arch)
+  shardings = build.param_shardings(mesh, arch)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
   run = build.Run(config, None, arch, tok, mesh, None, None)  # type: ignore[arg-type]
   return run, build.load_params(source, arch, jax.random.key(0), shardings)

@@ -23,7 +23,7 @@ import jax
 import optax
 from etils import epath
 
-from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics
+from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics, tables
 from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
 from rl_reasoning.structs import TrainState
@@ -199,7 +199,7 @@ def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
   rows = []
   for entry in evaluations:
     for name, m in entry['evaluators'].items():
-      k = max((int(key[5:]) for key in m if key.startswith('pass@') and key[5:].isdigit()), default=0)
+      k = max(tables.ks_of(m), default=0)
       rows.append([
         str(entry['step']), name, f'{number(m, "accuracy")} ± {number(m, "accuracy_stderr")}', number(m, 'strict_accuracy'),
         number(m, 'format'), number(m, 'reward'), f'{k}: {number(m, f"pass@{k}")}' if k else '',
