@@ -278,7 +278,7 @@ def script(tmp_path, body):
 def test_script_without_main_guard(tmp_path):
   """Failure: using a pool at the top level of a script starts the script again (as multiprocessing's spawn does), or its exit hangs."""
   body = 'print([o.value for o in workers.map("tests.test_worker:process", [{}], 5.0)], flush=True)\n'
-  done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+  done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=30, cwd=tmp_path)
   assert done.returncode == 0 and done.stderr == '' and len(done.stdout.splitlines()) == 1
   assert gone(int(done.stdout.strip('[]\n')))
 
@@ -308,11 +308,12 @@ def test_parent_killed(tmp_path, job):
 def test_interrupt(tmp_path):
   """Failure: Ctrl-C in a wait for workers is swallowed, goes on with the next job, or leaves workers."""
   body = (
+    'signal.signal(signal.SIGINT, signal.default_int_handler)\n'  # what a shell starts in the background ignores it
     'print(workers.map("tests.test_worker:process", [{}], 5.0)[0].value, flush=True)\n'
     'threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n'
     'try:\n  workers.map("tests.test_worker:later", [{"seconds": 600, "value": 1}] * 4, 600.0)\n'
     'except KeyboardInterrupt:\n  print("interrupted", flush=True)\n'
   )
-  done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+  done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=30, cwd=tmp_path)
   pid, said = done.stdout.split()
   assert said == 'interrupted' and done.returncode == 0 and gone(int(pid))
