@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from rl_reasoning.losses import per_sequence
 from rl_reasoning.structs import DATA, ROLLOUT, Array
 
 AGGREGATIONS = ('token_mean', 'sequence_mean', 'sequence_sum', 'fixed_length')
+UNIT_MEAN = 'unit_mean'  # of losses that a unit of rows has as a whole, not its tokens: pairs, rankings
 SCALES = ('group', 'batch', 'none')
 EPSILON = 1e-4  # beside a standard deviation
 
 
-def weigh(mask_NT: Array, segment_NT: Array, source_N: Array, aggregation: str, max_completion_length: int) -> Array:
+def weigh(
+  mask_NT: Array, segment_NT: Array, source_N: Array, aggregation: str, max_completion_length: int, rows_together: int = 1
+) -> Array:
   """weight_NT with which sum(weight * loss) is the aggregation of objectives.md, per source.
 
   M (masked tokens) and N (rows that have one) are those of the whole update: micro-batch gradients then simply add up. Rows without a
   masked token count in neither.
+
+  `unit_mean` counts U, the units of `rows_together` adjacent rows that have a masked token: the weights of one add up to 1/U.
   """
-  if aggregation not in AGGREGATIONS:
-    raise ValueError(f'aggregation {aggregation!r} is none of {", ".join(AGGREGATIONS)}')
+  if aggregation not in (*AGGREGATIONS, UNIT_MEAN):
+    raise ValueError(f'aggregation {aggregation!r} is none of {", ".join((*AGGREGATIONS, UNIT_MEAN))}')
   tokens_NT = per_sequence(mask_NT, segment_NT)
   alive_N = jnp.any(mask_NT > 0, axis=1)
   weight = jnp.zeros_like(mask_NT)
@@ -33,8 +39,12 @@ def weigh(mask_NT: Array, segment_NT: Array, source_N: Array, aggregation: str, 
       weight += mask / (N * jnp.maximum(tokens_NT, 1))
     elif aggregation == 'sequence_sum':
       weight += mask / N
-    else:
+    elif aggregation == 'fixed_length':
       weight += mask / (N * max_completion_length)
+    else:
+      tokens_U = mask.reshape(-1, rows_together * mask.shape[1]).sum(axis=1)
+      U = jnp.maximum((tokens_U > 0).sum(), 1)
+      weight += mask / (U * jnp.repeat(jnp.maximum(tokens_U, 1), rows_together)[:, None])
   return weight
 
 
@@ -112,10 +122,47 @@ def rewards_to_go(reward_N: Array, penalty_NT: Array) -> Array:
   return reward_N[:, None] - jnp.cumsum(penalty_NT[:, ::-1], axis=1)[:, ::-1]
 
 
-def whiten(x_NT: Array, mask_NT: Array) -> Array:
-  """(x - mean) / (std + 1e-4) over the masked tokens of the step; exactly 0 where they are all equal."""
+def whiten(x_NT: Array, mask_NT: Array, *, centre: bool = True) -> Array:
+  """(x - mean) / (std + 1e-4) over the masked tokens of the step; exactly 0 where they are all equal.
+
+  Without `centre` x / (std + 1e-4), and x itself where all are equal: a mean taken from the reward of every token would pay by length.
+  """
   count = jnp.maximum(mask_NT.sum(), 1)
   mean = jnp.sum(mask_NT * x_NT) / count
   std = jnp.sqrt(jnp.sum(mask_NT * (x_NT - mean) ** 2) / count)
   spread = jnp.max(jnp.where(mask_NT > 0, x_NT, -jnp.inf)) > jnp.min(jnp.where(mask_NT > 0, x_NT, jnp.inf))
+  if not centre:
+    return jnp.where(mask_NT > 0, jnp.where(spread, x_NT / (std + EPSILON), x_NT), 0.0)
   return jnp.where((mask_NT > 0) & spread, (x_NT - mean) / (std + EPSILON), 0.0)
+
+
+@jax.jit  # a scan outside of any program would be compiled anew at each call
+def gae(reward_NT: Array, value_NT: Array, mask_NT: Array, gamma: float, lam: float) -> Array:
+  """Generalised advantage estimates (1506.02438, eq. 16) over the masked tokens of one completion a row, 0 elsewhere:
+  delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V and A after the last masked token 0.
+
+  t + 1 is the next MASKED token: what was injected in between was no action, and takes no discount.
+  """
+
+  def step(later, now):
+    advantage, value = later
+    r, v, m = now
+    here = r + gamma * value - v + gamma * lam * advantage
+    return (jnp.where(m > 0, here, advantage), jnp.where(m > 0, v, value)), jnp.where(m > 0, here, 0.0)
+
+  nothing = jnp.zeros_like(value_NT[:, 0])
+  return jax.lax.scan(step, (nothing, nothing), (reward_NT.T, value_NT.T, mask_NT.T), reverse=True)[1].T
+
+
+def running_moments(count: Array, mean: Array, square: Array, x_N: Array, has_N: Array) -> tuple[Array, Array, Array]:
+  """(count, mean, sum of squared deviations) with the x that there are added to what was seen before (Chan, Golub and LeVeque 1983).
+
+  The mean of equal x is exactly their value, since it is counted from the largest: a residue over a std of 0 would look like a score.
+  """
+  n = has_N.sum()
+  high = jnp.where(n > 0, jnp.max(jnp.where(has_N > 0, x_N, -jnp.inf)), 0.0)
+  own = high + jnp.sum(jnp.where(has_N > 0, x_N - high, 0.0)) / jnp.maximum(n, 1)
+  total, change = count + n, own - mean
+  share = n / jnp.maximum(total, 1)
+  deviations = jnp.sum(jnp.where(has_N > 0, (x_N - own) ** 2, 0.0))
+  return total, mean + change * share, square + deviations + change**2 * count * share

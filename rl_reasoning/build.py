@@ -8,20 +8,57 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import checkpoint, model, optim, rewards, sharding, tokenizer, train_step, weights
-from rl_reasoning.config import Config, ConfigError, Role, check, differences, digest, flatten, from_mapping, plain
-from rl_reasoning.model import Arch, Net
-from rl_reasoning.objectives import OBJECTIVES
+from rl_reasoning import checkpoint, model, optim, reward_models, rewards, sharding, tokenizer, train_step, weights
+from rl_reasoning.config import (
+  Component,
+  Config,
+  ConfigError,
+  Role,
+  check,
+  coerce,
+  differences,
+  digest,
+  flatten,
+  from_mapping,
+  plain,
+  reward_roles,
+)
+from rl_reasoning.model import Arch
+from rl_reasoning.objectives import OBJECTIVES, reward_model
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.presets import PRESETS
-from rl_reasoning.structs import ROLLOUT, PyTree, TrainState
+from rl_reasoning.structs import ROLLOUT, Array, Batch, PyTree, TrainState
+
+
+class Features(NamedTuple):
+  """What the frozen layers give of rows from data, remembered: a row that comes again costs no pass through them."""
+
+  of: Callable[[PyTree, Array, Array, Array], jax.Array]  # (params, tokens, segment, position) -> [N, T, D]
+  known: dict[bytes, np.ndarray]  # the row's token ids -> [tokens, D]
+
+  def add(self, params: PyTree, batch: Batch, rows: int) -> Batch:
+    """The batch (numpy, rows right-padded) with `extras['features']`. New rows pass `rows` at a time, those of like lengths together."""
+    tokens, length = np.asarray(batch.tokens), np.sum(batch.segment_NT > 0, axis=1)
+    names = [row[:n].tobytes() for row, n in zip(tokens, length, strict=True)]
+    order = sorted({name: n for n, name in enumerate(names) if name not in self.known}.values(), key=lambda n: length[n])
+    for start in range(0, len(order), rows):
+      some = order[start : start + rows]
+      T = min(sharding.size_class(int(length[some[-1]])), tokens.shape[1])
+      padded = some + some[-1:] * (rows - len(some))
+      found = jax.device_get(self.of(params, *(np.asarray(x)[padded, :T] for x in (tokens, batch.segment_NT, batch.position_NT))))
+      self.known.update({names[n]: x[: length[n]].copy() for n, x in zip(some, found)})
+    features = np.zeros((*tokens.shape, self.known[names[0]].shape[-1]), np.float32)
+    for row, name, n in zip(features, names, length, strict=True):
+      row[:n] = self.known[name]
+    return batch.replace(extras={**batch.extras, 'features': features})
 
 
 class Run(NamedTuple):
@@ -34,6 +71,9 @@ class Run(NamedTuple):
   mesh: Mesh
   steps: train_step.Steps
   init: Any  # () -> TrainState, born sharded
+  reward_models: Mapping[str, reward_models.RewardModel] = {}  # their weights are frozen roles: 'reward.NAME'
+  features: Features | None = None  # with optim.cache_features
+  speaks: bool = True  # whether the policy has a head for text: a reward model has none
 
 
 def is_run(path: str) -> bool:
@@ -85,6 +125,25 @@ def resolve_template(role: Role) -> str:
   if role.template:
     return role.template
   return run_config(role.init, 'roles', 'policy', 'template') if is_run(role.init) else 'plain'
+
+
+def check_speaks(role: str, source: str) -> None:
+  """Refuses a reward model's weights where text is to come out: they have a head for scores only."""
+  check('lm' in heads_in(source), f"config key 'roles.{role}.init': {source} is a reward model: it has no head for text")
+
+
+def heads_of(objective) -> tuple[str, ...]:
+  """The heads of the policy under an objective; a class that decides by its fields has 'lm'."""
+  heads = getattr(getattr(objective, 'func', objective), 'heads', None)
+  return heads['policy'] if isinstance(heads, Mapping) else ('lm',)
+
+
+def heads_in(source: str) -> tuple[str, ...]:
+  """The heads of stored weights."""
+  if not is_run(source):
+    return weights.source_heads(source)
+  name = run_config(source, 'objective', 'name')
+  return heads_of(OBJECTIVES[name]) if name in OBJECTIVES else ('lm',)
 
 
 def check_reference(source: str, arch: Arch) -> None:
@@ -144,7 +203,11 @@ def inert(config: Config, objective) -> dict[str, str]:
   def drop(prefix: str, why: str):
     dead.update(dict.fromkeys(keys_under(config, prefix), why))
 
-  rl, evaluates = 'rollout' in objective.sources, config.eval.every and config.eval.evaluators
+  rl = 'rollout' in objective.sources
+  kinds = (
+    [e.get('kind', 'sampled') for e in config.eval.evaluators.values() if isinstance(e, Mapping)] if config.eval.every else []
+  )
+  evaluates, ranks = 'sampled' in kinds, 'ranking' in kinds
   if not rl and not evaluates:
     drop('rollout', 'nothing is sampled: the objective learns from data, and nothing is evaluated')
     drop('data.max_prompt_length', 'only rollouts take prompts; data rows are limited by data.max_length')
@@ -153,8 +216,9 @@ def inert(config: Config, objective) -> dict[str, str]:
     for key in ('top_k', 'top_p', 'min_p'):
       drop(f'rollout.{key}', 'evaluators name their own truncation, and the objective samples nothing')
   if not rl and not evaluates:
-    drop('rewards', 'the objective reads no rewards, and nothing is evaluated')
-  if rl and 'data' not in objective.sources:
+    for key in ('rewards', 'roles.reward'):
+      drop(key, 'the objective reads no rewards, and no samples are evaluated')
+  if rl and 'data' not in objective.sources and not ranks:
     drop(
       'data.max_length',
       'no row comes from data; rollouts are limited by data.max_prompt_length and rollout.max_completion_length',
@@ -167,6 +231,17 @@ def inert(config: Config, objective) -> dict[str, str]:
     dead.pop('eval.evaluators')
   if config.roles.policy.init:
     drop('model.preset', 'the architecture comes with roles.policy.init')
+  if 'critic' not in objective.trainable:
+    drop('roles.critic', 'the objective has no critic of its own')
+  if not objective.reads or objective.reads in ('demonstrations', 'text'):
+    if not ranks:
+      drop('data.overlong', 'only preference rows may be cut or dropped')
+  if objective.reads != 'text':
+    drop('data.pretrain', 'the objective mixes no rows in')
+  if not config.optim.frozen_layers:
+    drop('optim.cache_features', 'optim.frozen_layers is 0')
+  elif rl:
+    drop('optim.cache_features', 'rows of rollouts do not come again')
   if not {'ref'} & {*objective.frozen, *objective.moving}:
     drop('roles.ref', 'the objective keeps no reference (its coefficient is 0)')
   else:
@@ -178,12 +253,22 @@ def inert(config: Config, objective) -> dict[str, str]:
 
 def check_splits(config: Config, objective) -> None:
   """The rows of a step divide into updates and micro-batches, whatever the mesh: an error here names key, number and divisor."""
-  rows, minibatches = config.data.batch_size * sum(objective.sources.values()), objective.num_minibatches
+  rows, minibatches = config.data.batch_size * objective.update_rows, objective.num_minibatches
   check(rows % minibatches == 0, f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {minibatches}")
   update = rows // minibatches
   micro = config.optim.micro_batch or update
   check(micro <= update, f"config key 'optim.micro_batch': {micro} rows are more than the {update} of an update")
   check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
+  together, collected = objective.rows_together, config.data.batch_size * sum(objective.sources.values())
+  check(
+    update % together == 0,
+    f"config key 'objective.num_minibatches': {update} rows an update cut the {together} rows that stay together",
+  )
+  check(micro % together == 0, f"config key 'optim.micro_batch': {micro} rows cut the {together} rows that stay together")
+  check(
+    not config.optim.micro_batch or collected % micro == 0,
+    f"config key 'optim.micro_batch': the {collected} rows of a step do not divide by {micro}",
+  )
 
 
 def check_sizes(config: Config, objective, mesh: Mesh) -> None:
@@ -194,7 +279,7 @@ def check_sizes(config: Config, objective, mesh: Mesh) -> None:
   prompts, size = config.data.batch_size, config.eval.batch_size
   check(prompts % devices == 0, f"config key 'data.batch_size': {prompts} does not divide {where}")
   check(not config.eval.every or size % devices == 0, f"config key 'eval.batch_size': {size} does not divide {where}")
-  update, unit = prompts * sum(objective.sources.values()) // objective.num_minibatches, devices * objective.rows_together
+  update, unit = prompts * objective.update_rows // objective.num_minibatches, devices * objective.rows_together
   check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where}")
   micro = config.optim.micro_batch or update
   check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where}")
@@ -202,9 +287,8 @@ def check_sizes(config: Config, objective, mesh: Mesh) -> None:
 
 def batch_sizes(config: Config, objective) -> dict[str, int]:
   """What a step holds, in one unit each: what --explain prints."""
-  per_prompt = sum(objective.sources.values())
-  rows = config.data.batch_size * per_prompt
-  update = rows // objective.num_minibatches
+  rows = config.data.batch_size * sum(objective.sources.values())
+  update = config.data.batch_size * objective.update_rows // objective.num_minibatches
   longest = config.data.max_prompt_length + config.rollout.max_completion_length
   return {
     'prompts_per_step': config.data.batch_size,
@@ -216,8 +300,19 @@ def batch_sizes(config: Config, objective) -> dict[str, int]:
   }
 
 
-def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
-  """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act."""
+def resolve_critic(config: Config, absent: Sequence[str]) -> str:
+  """Where the critic starts: the one reward model, where there is one that reads the policy's tokens (InstructGPT, 2203.02155), else
+  the policy's start with a fresh head."""
+  models = list(reward_roles(config).values())
+  if config.roles.critic.init or len(models) != 1 or models[0].init in absent or not is_run(models[0].init):
+    return config.roles.critic.init
+  own = resolve_tokenizer(Role(models[0].init, models[0].tokenizer))
+  return models[0].init if own == resolve_tokenizer(config.roles.policy) else ''
+
+
+def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> tuple[Config, Any, Arch]:
+  """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act. The runs `absent`
+  need not exist yet."""
   objective = make_objective(config)
   arch = resolve_arch(config)
   dead = inert(config, objective)
@@ -232,6 +327,16 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
     check(
       not config.rewards.weights or any(config.rewards.weights), "config key 'rewards.weights': all 0, nothing would be learned"
     )
+  for name, role in reward_roles(config).items():
+    key, there = f"config key 'roles.reward.{name}.init'", pathlib.Path(role.init).exists()
+    check(there or role.init in absent, f'{key}: {role.init!r} does not exist')
+  if 'lm' in objective.heads['policy'] and config.roles.policy.init:
+    check_speaks('policy', config.roles.policy.init)
+  if objective.reads == 'text':
+    check(bool(config.data.pretrain), "config key 'data.pretrain' is empty: objective.ptx_coef wants rows to mix in")
+    coerce(config.data.pretrain, Component, 'data.pretrain')
+  frozen, layers = config.optim.frozen_layers, arch.num_hidden_layers
+  check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train")
   if config.data.curriculum != 'none':
     measured = 'rollout' in objective.sources and 'accuracy' in config.rewards.functions
     check(
@@ -239,33 +344,54 @@ def resolve(config: Config, keys_set: set[str]) -> tuple[Config, Any, Arch]:
       f"config key 'data.curriculum': {config.data.curriculum!r} goes by the reward 'accuracy' of rollouts, which this run has not",
     )
   if 'rewards.functions' not in dead:
-    rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
+    rewards.check_rewards(config.rewards, config.rollout.max_completion_length, model_names(config))
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
   policy = config.roles.policy
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
   tokenizer.check_template(policy.template)
   if config.roles.ref.init and {'ref'} & {*objective.frozen, *objective.moving}:
     check_reference(config.roles.ref.init, arch)
+    check_speaks('ref', config.roles.ref.init)
+  critic = config.roles.critic
+  if 'critic' in objective.trainable:
+    critic = dataclasses.replace(critic, init=resolve_critic(config, absent))
+    check(not critic.init or critic.init in absent or pathlib.Path(critic.init).exists(),
+          f"config key 'roles.critic.init': {critic.init!r} does not exist")  # fmt: skip
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)),
-    roles=dataclasses.replace(config.roles, policy=policy),
+    roles=dataclasses.replace(config.roles, policy=policy, critic=critic),
     objective=plain(settings),
   )
   return config, objective, arch
 
 
-def load_params(init: str, arch: Arch, key: jax.Array, shardings: PyTree) -> PyTree:
-  """Weights of a role, born in their shards: random, from a run of ours, or from a published checkpoint."""
+def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  """Weights of a role, born in their shards: random, from a run of ours, or from a published checkpoint. A head that is not wanted is left
+  out, and a scalar head that is not there is born at random."""
+  shardings = param_shardings(mesh, arch, heads)
   if not init:
-    return jax.jit(model.init, static_argnums=1, out_shardings=shardings)(key, arch)
+    return jax.jit(model.init, static_argnums=(1, 2), out_shardings=shardings)(key, arch, heads)
   check(pathlib.Path(init).exists(), f'config section roles: init {init!r} does not exist')
   if is_run(init):
-    return checkpoint.restore_params(init, 'policy', shardings=shardings)
-  return weights.load(init, arch, shardings)
+    names = checkpoint.weight_names(init, 'policy')
+    stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
+    params = checkpoint.restore_params(init, 'policy', shardings=param_shardings(mesh, arch, stored))
+  else:
+    kept = tuple(head for head in heads if head in weights.source_heads(init))
+    params = weights.load(init, arch, param_shardings(mesh, arch, kept), kept)
+  missing = [name for name in shardings if name not in params]
+  check('lm_head' not in missing, f'config section roles: {init} has no language-model head')
+
+  def head(key):
+    fresh = model.init(key, arch, heads)
+    return {name: fresh[name] for name in missing}
+
+  born = jax.jit(head, out_shardings={name: shardings[name] for name in missing})(key) if missing else {}
+  return {name: born[name] if name in missing else params[name] for name in shardings}
 
 
-def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
+def param_shardings(mesh: Mesh, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
   """Raises ConfigError for a weight that does not divide over the mesh."""
 
   def place(path, w: model.Weight):
@@ -274,7 +400,7 @@ def param_shardings(mesh: Mesh, arch: Arch) -> PyTree:
     except ValueError as error:
       raise ConfigError(str(error)) from None
 
-  return jax.tree_util.tree_map_with_path(place, model.weight_table(arch), is_leaf=model.is_weight)
+  return jax.tree_util.tree_map_with_path(place, model.weight_table(arch, heads), is_leaf=model.is_weight)
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -289,57 +415,100 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
   weights is then not checked."""
   roles = config.roles
   absent = [path for path in earlier if not is_run(path)]
-  replaced = {n: dataclasses.replace(r, init='') for n, r in vars(roles).items() if r.init in absent}
+  named = {'policy': roles.policy, 'ref': roles.ref}
+  replaced = {n: dataclasses.replace(r, init='') for n, r in named.items() if r.init in absent}
   if replaced:
     config = dataclasses.replace(config, roles=dataclasses.replace(roles, **replaced))
     keys_set = {key for key in keys_set if not key.startswith(('model.', 'roles.'))}
-  config, objective, _ = resolve(config, keys_set)
+  config, objective, _ = resolve(config, keys_set, absent)
   check_sizes(config, objective, make_mesh(config))
   optim.make(config.optim, 1)
+
+
+def model_names(config: Config) -> set[str]:
+  """What `rewards.functions` may name beside functions."""
+  return {*config.roles.reward, *config.rewards.combinations}
+
+
+def load_reward_models(config: Config, mesh: Mesh) -> tuple[dict[str, reward_models.RewardModel], dict[str, PyTree]]:
+  """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). Raises ConfigError."""
+  models, params = {}, {}
+  for name, role in reward_roles(config).items():
+    init = role.init
+    check(pathlib.Path(init).exists(), f"config key 'roles.reward.{name}.init': {init!r} does not exist")
+    ours = is_run(init)
+    role = reward_models.resolve(name, role, run_config(init) if ours else None)
+    arch, shift = read_arch(init), reward_model.shift(checkpoint.restore_aux(init)) if ours else weights.score_shift(init)
+    models[name] = reward_models.make(name, role, arch, shift, config.model.dtype)
+    params[f'reward.{name}'] = load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
+  return models, params
 
 
 def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
   mesh = make_mesh(config)
-  shardings = param_shardings(mesh, arch)
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
+  critic = config.roles.critic
+  archs = {'policy': arch, 'ref': arch}
+  if 'critic' in objective.trainable:
+    archs['critic'] = read_arch(critic.init) if critic.init else arch
+    size = archs['critic'].vocab_size
+    check(tok.vocab_size <= size, f"config key 'roles.critic.init': {critic.init} has {size} embeddings, the policy's tokenizer "
+          f'{tok.vocab_size} ids')  # fmt: skip
+  peak = critic.learning_rate or config.optim.learning_rate
   optimizer, schedule = optim.make(config.optim, updates)
+  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(config.optim, learning_rate=peak), updates)[0]}
 
-  def logp(params, rows, **wanted):
+  def temperature(rows):
     rolled = rows.source_N == ROLLOUT
-    temperature = jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
-    return model.log_probs(params, arch, rows, temperature, dtype=config.model.dtype, remat=config.model.remat, **wanted)
+    return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
-  nets = {role: Net(arch, logp) for role in ('policy', 'ref')}
-  shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
-  opt_shardings = optimizer_shardings(mesh, optimizer, shapes, shardings)
+  frozen_layers = config.optim.frozen_layers
+  nets = {
+    role: model.make_net(a, temperature, dtype=config.model.dtype, remat=config.model.remat, frozen_layers=frozen_layers)
+    for role, a in archs.items()
+  }
+  shardings, opt_shardings = {}, {}
+  for role in objective.trainable:
+    heads = objective.heads[role]
+    shardings[role] = param_shardings(mesh, archs[role], heads)
+    shapes = jax.eval_shape(functools.partial(model.init, arch=archs[role], heads=heads), jax.random.key(0))
+    opt_shardings[role] = optimizer_shardings(mesh, optimizers[role], shapes, shardings[role])
   steps = train_step.make_steps(
-    objective, nets, optimizer, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
-    {'params': {'policy': shardings}, 'opt': {'policy': opt_shardings}},
+    objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
+    {'params': shardings, 'opt': opt_shardings},
   )  # fmt: skip
+  judges, judge_params = load_reward_models(config, mesh)
+  start = config.roles.policy.init
+  inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start}
 
   def init() -> TrainState:
     key = jax.random.key(config.seed)
-    params = load_params(config.roles.policy.init, arch, key, shardings)
 
-    def reference():
-      return load_params(config.roles.ref.init or config.roles.policy.init, arch, key, shardings)
+    def load(role):
+      own = jax.random.fold_in(key, 1) if role == 'critic' else key  # a fresh critic is no copy of a fresh policy
+      return load_params(inits[role], archs[role], own, mesh, objective.heads[role])
 
+    params = {role: load(role) for role in objective.trainable}
     return TrainState(
       step=0,
       cursor={'num_tokens': 0},  # and what data.Train.first adds
       updates=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
-      params={'policy': params},
-      opt={'policy': jax.jit(optimizer.init, out_shardings=opt_shardings)(params)},
+      params=params,
+      opt={role: jax.jit(optimizers[role].init, out_shardings=opt_shardings[role])(params[role]) for role in params},
       aux=jax.device_put(objective.init_aux(), sharding.replicated(mesh)),
-      moving={role: reference() for role in objective.moving},
-      frozen={role: reference() for role in objective.frozen},
+      moving={role: load(role) for role in objective.moving},
+      frozen={**{role: load(role) for role in objective.frozen}, **judge_params},
     )
 
-  return Run(config, objective, arch, tok, mesh, steps, init)
+  features = None
+  if config.optim.cache_features:
+    of = jax.jit(lambda params, *rows: model.trunk(params, arch, *rows, frozen_layers, config.model.dtype))
+    features = Features(of, {})
+  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, 'lm' in objective.heads['policy'])
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:

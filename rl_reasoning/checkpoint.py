@@ -7,7 +7,6 @@ and a fingerprint of every array: a file that was damaged later is found when it
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 from typing import Any
@@ -111,21 +110,41 @@ def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | No
   return like.replace(step=position['step'], cursor=position['cursor'], params=parts['params'], opt=parts['opt'], **parts['rest'])
 
 
-def restore_params(workdir: str, role: str, shardings: PyTree = None) -> PyTree:
-  """One role's weights of a run's newest checkpoint, straight into `shardings` (default: one device)."""
+def open_item(workdir: str, item: str) -> tuple[ocp.CheckpointManager, int, dict[str, Any]]:
+  """(manager, newest step, what the item holds as shapes). Raises ConfigError."""
   manager = open_manager(workdir)
   step = manager.latest_step()
   if step is None:
     raise ConfigError(f'{workdir}/checkpoints holds no checkpoint')
   try:
-    metadata: dict[str, PyTree] = dict(manager.item_metadata(step)['params'] or {})
+    return manager, step, dict(manager.item_metadata(step)[item] or {})
   except Exception as error:
     raise ConfigError(f'{workdir}/checkpoints/{step} cannot be read: {" ".join(str(error).split())[:600]}') from error
-  check(role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
+
+
+def on_one_device(tree: PyTree) -> PyTree:
   single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  make = functools.partial(jax.tree.map, lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s))
-  like = {
-    name: make(tree, shardings if name == role and shardings is not None else jax.tree.map(lambda _: single, tree))
-    for name, tree in metadata.items()
-  }
+  return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=single), tree)
+
+
+def weight_names(workdir: str, role: str) -> set[str]:
+  """The top-level names of a role's weights: by 'score' and 'lm_head' one tells its heads."""
+  _, step, metadata = open_item(workdir, 'params')
+  check(role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
+  return set(metadata[role])
+
+
+def restore_params(workdir: str, role: str, shardings: PyTree = None) -> PyTree:
+  """One role's weights of a run's newest checkpoint, straight into `shardings` (default: one device), a tree of all of them."""
+  manager, step, metadata = open_item(workdir, 'params')
+  check(role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
+  like = on_one_device(metadata)
+  if shardings is not None:
+    like[role] = jax.tree.map(lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), metadata[role], shardings)
   return read(manager, step, {'params': like})[0]['params'][role]
+
+
+def restore_aux(workdir: str) -> PyTree:
+  """The objective's own state in a run's newest checkpoint."""
+  manager, step, metadata = open_item(workdir, 'rest')
+  return read(manager, step, {'rest': on_one_device(metadata)})[0]['rest']['aux']

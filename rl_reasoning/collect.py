@@ -1,19 +1,20 @@
-"""One step's rows: from data, or prompts -> rollouts -> rewards -> Batch."""
+"""One step's rows: from data, or prompts -> rollouts -> rewards -> Batch, or both side by side."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rl_reasoning import advantages, data, rewards, rollout, sharding
+from rl_reasoning import advantages, config as config_lib, data, preferences, reward_models, rewards, rollout, sharding
 from rl_reasoning.build import Run
+from rl_reasoning.config import check
 from rl_reasoning.metrics import PhaseTimer
-from rl_reasoning.structs import ROLLOUT, Batch, Mean, Rollout, TrainState
-from rl_reasoning.tokenizer import render_prompt
+from rl_reasoning.structs import ROLLOUT, Batch, Mean, PyTree, Rollout, TrainState
+from rl_reasoning.tokenizer import from_thinking, render_prompt
 
 
 class Collected(NamedTuple):
@@ -75,6 +76,21 @@ def to_batch(prompts: list[list[int]], rolled: Rollout, group: int) -> Batch:
   )  # fmt: skip
 
 
+def model_rewards(
+  run: Run,
+  frozen: Mapping[str, PyTree],
+  prompts: Sequence,
+  texts: Sequence[str],
+  ended: Sequence,
+  columns: Mapping[str, Sequence],
+) -> dict[str, list[float | None]]:
+  """What the reward models that `rewards.functions` names say of completions; prompts as the data have them."""
+  if not run.reward_models:
+    return {}
+  functions, combined = run.config.rewards.functions, config_lib.combinations(run.config)
+  return reward_models.known_rewards(functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh)
+
+
 def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: jax.Array, timer: PhaseTimer) -> Judged:
   """Rolls out, decodes and judges. `first_id` counts the step's prompts, so that no two of them share random numbers."""
   config, tok, group = run.config, run.tokenizer, run.objective.sources['rollout']
@@ -94,9 +110,13 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
     questions, answers = map(list, zip(*given, strict=True))
     columns = rewards.columns_of([row for row in rows for _ in range(group)])
     r = config.rewards
+    whole = [from_thinking(a, text) for a, text in zip(asked, texts, strict=True)]
+    known = model_rewards(
+      run, state.frozen, [row['prompt'] for row in rows for _ in range(group)], whole, ~rolled.truncated_N, columns
+    )
     scores = rewards.score(
       r.functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
-      max_completion_length=config.rollout.max_completion_length,
+      max_completion_length=config.rollout.max_completion_length, known=known,
     )  # fmt: skip
   return Judged(rows, prompts, asked, texts, rolled, scores)
 
@@ -187,31 +207,83 @@ def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, 
   return Collected(batch, cursor, samples, metrics)
 
 
+def encode(run: Run, rows: Sequence[dict]) -> Batch:
+  """Rows of data as the objective reads them, numpy."""
+  config, reads = run.config, run.objective.reads
+  template, limits = config.roles.policy.template, config.data
+  if reads in ('demonstrations', 'text'):
+    whole = reads == 'text' or run.objective.train_on_prompt
+    return data.encode_sft(rows, run.tokenizer, template, limits.max_length, whole)
+  size = run.objective.rows_together
+  return preferences.encode_preferences(rows, reads, run.tokenizer, template, limits.max_length, limits.overlong, size)
+
+
+def remembered(run: Run, params: PyTree, batch: Batch) -> Batch:
+  """The batch with what frozen layers give of it, where the run keeps that."""
+  return batch if run.features is None else run.features.add(params, batch, 16 * sharding.axis_size(run.mesh, 'rows'))
+
+
+def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
+  """Rows of rollouts and rows of data, those of a prompt adjacent: its completions, then its share of the others. What only completions
+  have is 0 in the others."""
+  T = max(rolled.tokens.shape[1], other.tokens.shape[1])
+
+  def join(name: str):
+    a, b = getattr(rolled, name), getattr(other, name)
+    if a is None:
+      return None
+    if b is None:
+      b = np.zeros((other.tokens.shape[0], *(other.tokens.shape[1:] if name.endswith('_NT') else a.shape[1:])), a.dtype)
+    if name == 'tokens' or name.endswith('_NT'):
+      a, b = (np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in (a, b))
+    return np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
+
+  return Batch(**{name: join(name) for name in vars(rolled) if name != 'extras'})
+
+
 def check_rows(run: Run, train: data.Train) -> None:
   """Encodes every row that the run will read. Raises ConfigError for one over the limit: better now than at step 1,000, where raising
   the limit would be another config."""
-  config = run.config
+  config, objective = run.config, run.objective
   template, limits = config.roles.policy.template, config.data
-  rolls_out = 'rollout' in run.objective.sources
-  refills = run.objective.max_refills if rolls_out and run.objective.dynamic_sampling else 0
-  rows = iter(train.preview(config.total_steps * limits.batch_size * (1 + refills)))
+  rolls_out = 'rollout' in objective.sources
+  refills = objective.max_refills if rolls_out and objective.dynamic_sampling else 0
+  rows, read, dropped = iter(train.preview(config.total_steps * limits.batch_size * (1 + refills))), 0, 0
   while some := list(itertools.islice(rows, 1024)):
+    read += len(some)
     if rolls_out:
       data.encode_prompts(some, run.tokenizer, template, limits.max_prompt_length)
+    elif objective.reads == 'demonstrations':
+      data.encode_rows(some, run.tokenizer, template, limits.max_length)
     else:
+      dropped += preferences.check_preferences(
+        some, objective.reads, run.tokenizer, template, limits.max_length, limits.overlong, objective.rows_together
+      )
+  check(dropped < max(read, 1), f"config key 'data.max_length': {limits.max_length}, and all of the {read} rows are longer")
+  if dropped:
+    print(f'data: {dropped} of {read} rows are longer than data.max_length = {limits.max_length} and are dropped', flush=True)
+  if train.pretrain is not None:
+    for start in range(0, len(train.pretrain), 1024):
+      some = [train.pretrain[i] for i in range(start, min(start + 1024, len(train.pretrain)))]
       data.encode_rows(some, run.tokenizer, template, limits.max_length)
 
 
 def collect(run: Run, train: data.Train, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
   """The rows of the step after `state`, a function of (state, key) alone."""
-  config = run.config
-  if 'rollout' in run.objective.sources:
+  config, sources = run.config, run.objective.sources
+  if 'rollout' in sources:
     got = from_policy(run, train, state, key, timer)
+    if 'data' in sources:
+      with timer('data'):
+        rows, cursor = train.draw_pretrain(got.cursor, config.data.batch_size * sources['data'])
+      got = got._replace(batch=beside(got.batch, encode(run, rows), config.data.batch_size), cursor=cursor)
   else:
     with timer('data'):
       rows, cursor = train.draw(state.cursor, config.data.batch_size)
-      template = config.roles.policy.template
-      batch = data.encode_sft(rows, run.tokenizer, template, config.data.max_length, run.objective.train_on_prompt)
+      batch = encode(run, rows)
+    if run.features is not None:
+      with timer('features'):
+        batch = remembered(run, state.params['policy'], batch)
     got = Collected(batch, cursor, [], {})
   tokens = state.cursor['num_tokens'] + int(np.sum(got.batch.segment_NT > 0))
   return got._replace(batch=sharding.put_rows(run.mesh, got.batch), cursor={**got.cursor, 'num_tokens': tokens})

@@ -51,9 +51,27 @@ class Role:
 
 
 @dataclasses.dataclass(frozen=True)
+class Critic:
+  init: str = ''  # as of Role; '': the one reward model where there is one with the policy's tokenizer, else the policy's start
+  learning_rate: float = 0.0  # its peak, with optim's schedule; 0: optim.learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """A reward model of `roles.reward`; its name may stand in `rewards.functions`."""
+
+  init: str  # a run of ours that trained one, or a Hugging Face sequence classifier
+  tokenizer: str = ''  # its own, as of Role
+  template: str = ''
+  reads: str = 'whole'  # whole | answer: what of a completion it is shown
+
+
+@dataclasses.dataclass(frozen=True)
 class Roles:
-  policy: Role = Role()
+  policy: Role = Role()  # the network that is trained: for the reward-model objectives that is the reward model
   ref: Role = Role()  # init '': the policy's own start
+  critic: Critic = Critic()
+  reward: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> a Reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +82,10 @@ class Data:
   train_size: int = 0  # rows of the training split; 0: all there are (procedural tasks need a number)
   batch_size: int = 32  # prompts a step
   max_prompt_length: int = 128  # tokens; a longer prompt is an error that names the row
-  max_length: int = 256  # tokens of prompt and completion from data (SFT)
+  max_length: int = 256  # tokens of prompt and completion from data
+  overlong: str = 'raise'  # raise | drop | truncate_prompt: preference rows beyond it, see preferences.py
+  # A second stream of rows beside the prompts, where the objective mixes one in (PPO's ptx): a Component
+  pretrain: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Several tasks in one run: name -> {'task', 'path', 'options', 'train_size', 'weight'}, a Component; empty: the one `task` above
   mixture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   curriculum: str = (
@@ -102,7 +123,19 @@ class Rewards:
   weights: tuple[float, ...] = ()  # empty: all 1
   on_error: str = 'raise'  # raise | none: what a crash of a reward function does
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # function -> its keyword-only arguments
+  # name -> a Combination of reward models; the name may stand in `functions`
+  combinations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   timeout: float = 60.0  # seconds a batch for a 'module:function', in a worker process; 0: in this process, without a limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+  """One reward of several reward models, see reward_models.combine."""
+
+  rule: str  # mean | minimum | mean_minus_std | llama2
+  of: tuple[str, ...]  # names of roles.reward; for llama2: the helpful one, the safe one
+  k: float = 1.0  # of mean_minus_std: mean - k std
+  threshold: float = 0.15  # of llama2: below this probability of being safe, safety counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +147,8 @@ class Optim:
   warmup_updates: int = 0
   grad_clip: float = 1.0  # global norm; 0: off
   micro_batch: int = 0  # rows a micro-batch over all devices; 0: the whole batch at once
+  frozen_layers: int = 0  # the first layers, and the embedding below them, stay as they are
+  cache_features: bool = False  # what frozen layers give of rows from data is computed once and kept in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +218,14 @@ NOT_NEGATIVE = [
   'optim.warmup_updates',
   'optim.grad_clip',
   'optim.micro_batch',
+  'optim.frozen_layers',
+  'roles.critic.learning_rate',
   'eval.every',
   'eval.seed',
 ]
 CHOICES = {
   'data.curriculum': ('none', 'pass_rate'),
+  'data.overlong': ('raise', 'drop', 'truncate_prompt'),
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'rewards.on_error': ('raise', 'none'),
@@ -402,6 +440,42 @@ def components(data: Data) -> dict[str, Component]:
   return found
 
 
+def reward_roles(config: Config) -> dict[str, Reward]:
+  """The reward models by name. Raises ConfigError."""
+  found = {}
+  for name in sorted(config.roles.reward):
+    key = f'roles.reward.{name}'
+    check(bool(re.fullmatch(r'[\w-]+', name)), f'config key {key!r}: a name is of letters, digits, _ and -')
+    role = found[name] = coerce(config.roles.reward[name], Reward, key)
+    check(role.reads in ('whole', 'answer'), f"config key '{key}.reads': {role.reads!r} is none of whole, answer")
+  return found
+
+
+COMBINATIONS = ('mean', 'minimum', 'mean_minus_std', 'llama2')
+
+
+def combinations(config: Config) -> dict[str, Combination]:
+  """The combinations of reward models by name. Raises ConfigError."""
+  found, models = {}, reward_roles(config)
+  for name in sorted(config.rewards.combinations):
+    key = f'rewards.combinations.{name}'
+    check(bool(re.fullmatch(r'[\w-]+', name)), f'config key {key!r}: a name is of letters, digits, _ and -')
+    check(name not in models, f'config key {key!r}: roles.reward has the same name')
+    c = found[name] = coerce(config.rewards.combinations[name], Combination, key)
+    check(c.rule in COMBINATIONS, f"config key '{key}.rule': {c.rule!r} is none of {', '.join(COMBINATIONS)}")
+    for member in c.of:
+      check(member in models, f"config key '{key}.of': {member!r} is none of roles.reward: {', '.join(models) or 'it is empty'}")
+    right = len(c.of) == 2 if c.rule == 'llama2' else len(c.of) >= 2
+    wanted = 'the helpful and the safe one' if c.rule == 'llama2' else 'two or more'
+    check(right and len(set(c.of)) == len(c.of), f"config key '{key}.of': {c.of} are not {wanted}")
+    check(c.k >= 0, f"config key '{key}.k': {c.k} must not be negative")
+    check(0 < c.threshold < 1, f"config key '{key}.threshold': {c.threshold} is not in (0, 1)")
+    for field, rule in (('k', 'mean_minus_std'), ('threshold', 'llama2')):
+      idle = c.rule != rule and field in config.rewards.combinations[name] and getattr(c, field) != getattr(Combination, field)
+      check(not idle, f"config key '{key}.{field}' cannot act: it is of rule {rule}")
+  return found
+
+
 def resolve(settings: Mapping[str, Any]) -> Config:
   """The whole config, checked key by key. Raises ConfigError."""
   config = from_mapping(Config, settings)
@@ -427,6 +501,11 @@ def resolve(settings: Mapping[str, Any]) -> Config:
   )
   twice = sorted({name for name in functions if functions.count(name) > 1})
   check(not twice, f"config key 'rewards.functions': {', '.join(twice)} is named twice; rewards.weights says how much it counts")
+  combined = combinations(config)
+  used = {*functions, *(member for name in functions if name in combined for member in combined[name].of)}
+  for key, names in (('roles.reward', reward_roles(config)), ('rewards.combinations', combined)):
+    idle = sorted(names.keys() - used)
+    check(not idle, f"config key '{key}.{', '.join(idle)}': rewards.functions does not name it")
   return config
 
 

@@ -144,16 +144,13 @@ def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict]
   return [stream[i] for i in range(cursor, cursor + size)], cursor + size
 
 
-def load_component(data: Data, name: str, component: Component, split: str, seed: int, size: int | None) -> Source:
-  """`load` of one task of the mixture. What is wrong is told under the key where it stands."""
+def load_component(data: Data, where: str, component: Component, split: str, seed: int, size: int | None) -> Source:
+  """`load` of the task under the key `where`. What is wrong is told under that key."""
   alone = dataclasses.replace(data, task=component.task, path=component.path, options=component.options)
   try:
-    source = load(alone, split, seed, size)
+    return load(alone, split, seed, size)
   except ConfigError as error:
-    key = rf'data.mixture.{name}.\1'
-    raise ConfigError(re.sub(r'\bdata\.(task|path|options|train_size)\b', key, str(error))) from None
-  tagged(source[0], name)
-  return source
+    raise ConfigError(re.sub(r'\bdata\.(task|path|options|train_size)\b', rf'{where}.\1', str(error))) from None
 
 
 def tagged(row: dict, name: str) -> dict:
@@ -180,6 +177,7 @@ class Train:
   seed: int
   sources: Mapping[str, Source]  # of the one task: under the name ''
   weights: Mapping[str, float]
+  pretrain: Source | None = None  # a second stream, drawn by itself
 
   def __len__(self) -> int:
     """Rows of all tasks."""
@@ -195,10 +193,11 @@ class Train:
 
   def first(self) -> dict[str, Any]:
     """The cursor of a run that has read nothing."""
+    second = {} if self.pretrain is None else {'pretrain': 0}
     if not self.mixed:
-      return {'train': 0}
+      return {'train': 0, **second}
     rates = {f'pass_rate/{name}': 0.5 for name in self.sources} if self.adapts else {}
-    return {**{f'train/{name}': 0 for name in self.sources}, 'drawn': 0, **rates}
+    return {**{f'train/{name}': 0 for name in self.sources}, 'drawn': 0, **rates, **second}
 
   def factor(self, cursor: Mapping[str, Any], name: str) -> float:
     if not self.adapts:
@@ -225,6 +224,12 @@ class Train:
       rows.append(tagged(row, name))
     after['drawn'] += size
     return rows, after
+
+  def draw_pretrain(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
+    """(rows of the second stream, next cursor)."""
+    assert self.pretrain is not None
+    rows, after = batch(self.pretrain, cursor['pretrain'], size, self.seed)
+    return rows, {**cursor, 'pretrain': after}
 
   def observe(self, cursor: Mapping[str, Any], rows: Sequence[dict], correct: Sequence[float | None]) -> dict[str, Any]:
     """The cursor with the pass rates after a measurement: `correct` is in [0, 1] for each row (a mean over its completions), or None."""
@@ -262,11 +267,18 @@ class Train:
 
 def open_train(data: Data, seed: int) -> Train:
   """The training split of `data`; prepared on first use. Raises ConfigError."""
+  pretrain = None
+  if data.pretrain:
+    c = coerce(data.pretrain, Component, 'data.pretrain')
+    pretrain = load_component(data, 'data.pretrain', c, 'train', seed, c.train_size or None)
   if not data.mixture:
-    return Train(data, seed, {'': load(data, 'train', seed, data.train_size or None)}, {'': 1.0})
+    return Train(data, seed, {'': load(data, 'train', seed, data.train_size or None)}, {'': 1.0}, pretrain)
   tasks = components(data)
-  sources = {name: load_component(data, name, c, 'train', seed, c.train_size or None) for name, c in tasks.items()}
-  return Train(data, seed, sources, {name: c.weight for name, c in tasks.items()})
+  sources = {}
+  for name, c in tasks.items():
+    source = sources[name] = load_component(data, f'data.mixture.{name}', c, 'train', seed, c.train_size or None)
+    tagged(source[0], name)
+  return Train(data, seed, sources, {name: c.weight for name, c in tasks.items()}, pretrain)
 
 
 def open_test(data: Data, seed: int, size: int) -> list[dict]:
@@ -280,7 +292,7 @@ def open_test(data: Data, seed: int, size: int) -> list[dict]:
     after = before + size * c.weight / total
     count = max(1, round(after) - round(before))  # rounded sums, so that the parts add up to the size
     before = after
-    source = load_component(data, name, c, 'test', seed, count)
+    source = load_component(data, f'data.mixture.{name}', c, 'test', seed, count)
     rows += [tagged(source[i], name) for i in range(min(count, len(source)))]
   return rows
 
@@ -333,17 +345,23 @@ def encode_rows(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_l
   return encoded
 
 
-def encode_sft(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int, train_on_prompt: bool) -> Batch:
-  """Right-padded numpy rows [N, T]."""
-  encoded = encode_rows(rows, tokenizer, template, max_length)
-  N, T = len(rows), size_class(max(len(ids) for ids, _ in encoded))
+def pad_rows(encoded: Sequence[tuple[Sequence[int], Sequence[int]]], group_N: np.ndarray) -> Batch:
+  """Right-padded numpy rows [N, T] of (token ids, 1 where the token is masked in). A row without tokens is all padding."""
+  N, T = len(encoded), size_class(max((len(ids) for ids, _ in encoded), default=0))
   tokens, mask = np.zeros((N, T), np.int32), np.zeros((N, T), np.float32)
   segment, position = np.zeros((N, T), np.int32), np.zeros((N, T), np.int32)
   for n, (ids, flags) in enumerate(encoded):
     end = len(ids)
     tokens[n, :end], segment[n, :end], position[n, :end] = ids, 1, np.arange(end)
-    mask[n, 1:end] = 1 if train_on_prompt else flags[1:]  # nothing comes before the first token
+    mask[n, 1:end] = flags[1:]  # nothing comes before the first token
   return Batch(
     tokens=tokens, segment_NT=segment, position_NT=position, mask_NT=mask,
-    source_N=np.full(N, DATA, np.int32), group_N=np.arange(N, dtype=np.int32),
+    source_N=np.full(N, DATA, np.int32), group_N=group_N.astype(np.int32),
   )  # fmt: skip
+
+
+def encode_sft(rows: Sequence[dict], tokenizer: Tokenizer, template: str, max_length: int, train_on_prompt: bool) -> Batch:
+  encoded = encode_rows(rows, tokenizer, template, max_length)
+  if train_on_prompt:
+    encoded = [(ids, [1] * len(ids)) for ids, _ in encoded]
+  return pad_rows(encoded, np.arange(len(rows)))

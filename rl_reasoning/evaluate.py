@@ -19,6 +19,7 @@ import os
 import pathlib
 import platform
 import sys
+import time
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from rl_reasoning import (
   environment,
   evaluators,
   metrics,
+  ranking_evaluator,
   rewards,
   sharding,
   tables,
@@ -42,13 +44,13 @@ from rl_reasoning.structs import PyTree
 
 # Sections and keys that an evaluation reads, as prefixes.
 READ = (
-  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'data.task', 'data.path', 'data.options', 'data.mixture',
-  'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'rewards', 'mesh', 'eval.size',
+  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options', 'data.mixture',
+  'data.max_prompt_length', 'data.max_length', 'data.overlong', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'rewards', 'mesh', 'eval.size',
   'eval.batch_size', 'eval.seed', 'eval.evaluators',
 )  # fmt: skip
 ELSEWHERE = ('mesh', 'data.cache_dir')  # of these, what says where things lie and not what comes out
 TRAINING = ('total_steps', 'objective', 'optim')  # a config that sets one of them is that of a training run
-FILES = ('evaluation_config.json', 'evaluation.json', 'evaluation.md', 'evaluation.png')
+FILES = ('evaluation_config.json', 'evaluation.json', 'evaluation.md', 'evaluation.png', 'reliability.png')
 
 
 def begins(key: str, prefixes: tuple[str, ...]) -> bool:
@@ -65,20 +67,22 @@ def check_keys(config: Config, keys_set: set[str], overridden: set[str]) -> None
   check(not dead, 'config keys that cannot act in an evaluation:\n  ' + '\n  '.join(dead))
 
 
-def open_run(config: Config, source: str) -> tuple[build.Run, PyTree]:
-  """(run, weights) of a checkpoint, without what only training needs. Raises ConfigError for whatever the user got wrong."""
+def open_run(config: Config, source: str) -> tuple[build.Run, PyTree, dict[str, PyTree]]:
+  """(run, weights, weights of the reward models) of a checkpoint, without what only training needs. Raises ConfigError for whatever the
+  user got wrong."""
   check(bool(source) and pathlib.Path(source).exists(), f'--checkpoint={source}: does not exist')
   policy = dataclasses.replace(config.roles.policy, init=source)
   policy = dataclasses.replace(policy, tokenizer=build.resolve_tokenizer(policy), template=build.resolve_template(policy))
   config = dataclasses.replace(config, roles=dataclasses.replace(config.roles, policy=policy))
   arch = build.resolve_arch(config)
   tokenizer.check_template(policy.template)
-  rewards.check_rewards(config.rewards, config.rollout.max_completion_length)
+  rewards.check_rewards(config.rewards, config.rollout.max_completion_length, build.model_names(config))
   mesh, tok = build.make_mesh(config), build.load_tokenizer(policy, arch)
-  shardings = build.param_shardings(mesh, arch)
+  heads = build.heads_in(source)
+  judges, frozen = build.load_reward_models(config, mesh)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
-  run = build.Run(config, None, arch, tok, mesh, None, None)  # type: ignore[arg-type]
-  return run, build.load_params(source, arch, jax.random.key(0), shardings)
+  run = build.Run(config, None, arch, tok, mesh, None, None, judges, None, 'lm' in heads)  # type: ignore[arg-type]
+  return run, build.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
   """Evaluates, or goes on; returns and writes evaluation.json. Raises ConfigError."""
   check(bool(config.eval.evaluators), "config key 'eval.evaluators' is empty: nothing to evaluate, try {'greedy': {}}")
   chosen = evaluators.make_evaluators(config.eval.evaluators)
-  run, params = open_run(config, source)
+  run, params, frozen = open_run(config, source)
   devices = sharding.axis_size(run.mesh, 'rows')
   check(config.eval.batch_size % devices == 0, f"config key 'eval.batch_size': {config.eval.batch_size} does not divide over the {devices} "
         f'row shards of mesh {dict(run.mesh.shape)}')  # fmt: skip
@@ -139,12 +143,19 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
       'tokens': 0, 'seconds': 0.0, 'evaluators': {},
     }  # fmt: skip
     for name, evaluator in chosen.items():
-      numbers, samples = evaluators.evaluate(run, params, problems[name], name, evaluator, folder / 'samples')
-      result['evaluators'][name] = {**numbers, 'by_length': evaluators.accuracy_by_length(samples)}
-      result['tokens'] += sum(s['length'] for s in samples)
-      result['seconds'] += train.read_json(folder / 'samples' / f'{name}.json')['seconds']
+      began = time.perf_counter()
+      numbers, samples = evaluators.evaluate(run, params, problems[name], name, evaluator, folder / 'samples', frozen)
+      result['evaluators'][name] = numbers
+      if isinstance(evaluator, evaluators.Evaluator):
+        numbers['by_length'] = evaluators.accuracy_by_length(samples)
+        result['tokens'] += sum(s['length'] for s in samples)
+        result['seconds'] += train.read_json(folder / 'samples' / f'{name}.json')['seconds']
+      else:
+        result['seconds'] += time.perf_counter() - began
   train.write_atomically(folder / 'evaluation.md', tables.markdown(result))
   tables.plot(result, folder / 'evaluation.png')
+  if any(isinstance(e, ranking_evaluator.RankingEvaluator) for e in chosen.values()):
+    tables.plot_reliability(result, folder / 'reliability.png')
   train.write_atomically(finished, json.dumps(result, indent=1))
   return result
 

@@ -1,13 +1,17 @@
-"""Evaluators: held-out problems -> completions -> accuracy, format, length, pass@k, maj@k. Named in the config:
+"""Evaluators: held-out problems -> completions -> accuracy, format, rewards, length, pass@k, maj@k; held-out judgements -> how well scores
+agree with them. Named in the config:
 
 eval.evaluators = {'greedy': {}, 'forced': {'prefix': '<think>'}, 'pass': {'num_samples': 8, 'temperature': 1.0},
-                   'countdown': {'task': 'countdown', 'options': {'operands': 3}, 'size': 500}}
+                   'countdown': {'task': 'countdown', 'options': {'operands': 3}, 'size': 500},
+                   'held out': {'kind': 'ranking', 'task': 'preference', 'path': 'pairs.jsonl'}}
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -17,16 +21,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rl_reasoning import checkpoint, data, metrics, rewards, rollout, verify
+from rl_reasoning import build, checkpoint, collect, data, metrics, model, ranking_evaluator, rewards, rollout, sharding, verify
 from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
 from rl_reasoning.config import Config, Data, Rollout, check, digest, from_mapping, to_dict
 from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
+from rl_reasoning.ranking_evaluator import RankingEvaluator
 from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
-from rl_reasoning.structs import PyTree
+from rl_reasoning.structs import Array, Batch, PyTree, Rollout as Rolled
 from rl_reasoning.tokenizer import from_thinking, render_prompt
 from rl_reasoning.verify.math import extract_answer, parse_number
 
@@ -49,16 +55,25 @@ class Evaluator:
   top_p: float = 1.0
   min_p: float = 0.0
   max_completion_length: int = 0  # 0: that of the rollout section
+  kl_to: str = ''  # weights of the policy's architecture: metric kl is the KL divergence from them, nats a completion
 
 
-def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
+KINDS = ('sampled', 'ranking')
+
+
+def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator | RankingEvaluator]:
   """The evaluators by name. Raises ConfigError naming the key that is unknown, out of its range or without effect."""
-  evaluators = {}
+  evaluators: dict[str, Evaluator | RankingEvaluator] = {}
   for name, options in settings.items():
     key = f'eval.evaluators.{name}'
     named = bool(name) and name[0] != '.' and not set(name) & set('/\\\0') and len(name.encode()) <= 200
     check(named, f'config key {key!r}: the name is that of a file, too')
     check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
+    kind, options = options.get('kind', 'sampled'), {k: v for k, v in options.items() if k != 'kind'}
+    check(kind in KINDS, f"config key '{key}.kind': {kind!r} is none of {', '.join(KINDS)}")
+    if kind == 'ranking':
+      evaluators[name] = ranking_evaluator.make_ranking_evaluator(options, key)
+      continue
     e = evaluators[name] = from_mapping(Evaluator, options, key + '.')
     ranges = {'num_samples': e.num_samples >= 1, 'temperature': e.temperature >= 0, 'top_k': e.top_k >= 0, 'top_p': 0 < e.top_p <= 1,
               'min_p': 0 <= e.min_p < 1, 'max_completion_length': e.max_completion_length >= 0, 'size': e.size >= 0,
@@ -71,10 +86,15 @@ def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator]:
     check(e.num_samples > 1 or not e.ks, f"config key '{key}.ks' cannot act: there is one sample a problem")
     for field in ('top_k', 'top_p', 'min_p'):
       check(e.temperature > 0 or field not in options, f"config key '{key}.{field}' cannot act: temperature 0 is greedy")
+    whole = e.temperature > 0 and e.top_k == 0 and e.top_p == 1 and e.min_p == 0
+    check(
+      whole or not e.kl_to,
+      f"config key '{key}.kl_to': a KL divergence needs samples of the whole distribution, temperature above 0",
+    )
   return evaluators
 
 
-def data_of(given: Data, name: str, evaluator: Evaluator) -> Data:
+def data_of(given: Data, name: str, evaluator: Evaluator | RankingEvaluator) -> Data:
   """The section data as the evaluator reads it."""
   if evaluator.task:
     return dataclasses.replace(given, task=evaluator.task, path=evaluator.path, options=evaluator.options or {}, mixture={})
@@ -85,7 +105,7 @@ def data_of(given: Data, name: str, evaluator: Evaluator) -> Data:
   return dataclasses.replace(given, path=evaluator.path or given.path, options=options)
 
 
-def seed_of(config: Config, evaluator: Evaluator) -> int:
+def seed_of(config: Config, evaluator: Evaluator | RankingEvaluator) -> int:
   return config.eval.seed if evaluator.seed is None else evaluator.seed
 
 
@@ -111,17 +131,29 @@ def encode_problems(run: Run, rows: Sequence[dict], name: str, evaluator: Evalua
   return texts, prompts
 
 
-def check_problems(run: Run, problems: Mapping[str, Sequence[dict]], evaluators: Mapping[str, Evaluator]) -> None:
+def check_problems(
+  run: Run, problems: Mapping[str, Sequence[dict]], evaluators: Mapping[str, Evaluator | RankingEvaluator]
+) -> None:
   """Raises ConfigError, before a run spends its time, for problems that could not be evaluated at its end."""
+  limits, models = run.config.data, build.model_names(run.config)
+  # Of a completion's worth, beside its answer: what a network, a known gold reward or the user's own function says.
+  worth = any(name in models or ':' in name or name.startswith('gold_') for name in run.config.rewards.functions)
   for name, evaluator in evaluators.items():
+    if isinstance(evaluator, RankingEvaluator):
+      template = run.config.roles.policy.template
+      ranking_evaluator.check_rankings(problems[name], name, run.tokenizer, template, limits.max_length, limits.overlong)
+      continue
+    check(run.speaks, f"config key 'eval.evaluators.{name}': the network has no head for text; its kind is ranking")
+    key = f"config key 'eval.evaluators.{name}.kl_to'"
+    check(not evaluator.kl_to or pathlib.Path(evaluator.kl_to).exists(), f'{key}: {evaluator.kl_to!r} does not exist')
     encode_problems(run, problems[name], name, evaluator)
     verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in problems[name])
-    gold = any(verdict is not None for verdict in verdicts)
+    gold = worth or any(verdict is not None for verdict in verdicts)
     task = evaluator.task or run.config.data.task
     check(gold, f'eval.evaluators.{name}: no problem of data.task {task!r} has a gold answer that can be checked')
 
 
-def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evaluator) -> None:
+def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evaluator, frozen: Mapping[str, PyTree]) -> None:
   """Writes into the samples of whole problems what is said of them: answer, accuracy, format, rewards."""
   config = run.config
   given = [as_given(rows[s['problem']]['prompt'], s['prompt'], s['completion']) for s in samples]
@@ -132,12 +164,17 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
   forms = REWARDS['format'](asked, completions, ids, **columns)
   names = config.rewards.functions
   limit = evaluator.max_completion_length or config.rollout.max_completion_length
+  prompts = [rows[s['problem']]['prompt'] for s in samples]
+  texts, ended = [from_thinking(s['prompt'], s['completion']) for s in samples], [not s['truncated'] for s in samples]
+  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns)
   scores = score(
     names, config.rewards.on_error, asked, completions, ids, columns, options=config.rewards.options, timeout=config.rewards.timeout,
-    max_completion_length=limit,
+    max_completion_length=limit, known=known,
   )  # fmt: skip
   weights = config.rewards.weights or (1.0,) * len(names)
-  paid, has = map(np.asarray, combine_rewards(*scores, weights, evaluator.num_samples))
+  paid, has = np.zeros(len(samples)), np.zeros(len(samples))
+  if names:
+    paid, has = map(np.asarray, combine_rewards(*scores, weights, evaluator.num_samples))
   for i, (sample, right, form) in enumerate(zip(samples, accuracy, forms, strict=True)):
     sample.update(
       answer=extract_answer(from_thinking(sample['prompt'], sample['completion']), flexible=True),
@@ -148,17 +185,42 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
     )
 
 
-def identity(run: Run, fingerprint: int, rows: Sequence[dict], evaluator: Evaluator) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=('arch', 'dtype'))
+def sequence_logp(params: PyTree, arch: model.Arch, batch: Batch, temperature: Array, dtype: str) -> Array:
+  """[N]: the log-probability of each row's masked tokens."""
+  logp, _ = model.log_probs(params, arch, batch, temperature, dtype=dtype)
+  return jnp.sum(batch.mask_NT * logp, axis=1)
+
+
+def divergence(
+  run: Run, params: PyTree, other: PyTree, prompts: list[list[int]], rolled: Rolled, evaluator: Evaluator
+) -> np.ndarray:
+  """[N]: log-probability of each completion under the policy less that under the other weights, at the sampling temperature: its mean is
+  the KL divergence."""
+  batch = sharding.put_rows(run.mesh, collect.to_batch(prompts, rolled, evaluator.num_samples).replace(logp_sample_NT=None))
+  dtype, temperature = run.config.model.dtype, jnp.float32(evaluator.temperature)
+  ours, theirs = (sequence_logp(p, run.arch, batch, temperature, dtype) for p in (params, other))
+  return np.asarray(ours - theirs)
+
+
+def identity(
+  run: Run, fingerprint: int, rows: Sequence[dict], evaluator: Evaluator, frozen: Mapping[str, PyTree]
+) -> dict[str, Any]:
   """All that samples depend on: what was sampled under another identity must not be mixed with these."""
   config = run.config
-  folder = pathlib.Path(rewards.__file__).parent
-  judges = [folder / 'rewards.py', folder / 'rule_rewards.py', *sorted(pathlib.Path(verify.__path__[0]).glob('*.py'))]
+  own = {str(inspect.getsourcefile(function)) for function in REWARDS.values()}
+  judges = [
+    pathlib.Path(rewards.__file__),
+    *map(pathlib.Path, sorted(own)),
+    *sorted(pathlib.Path(verify.__path__[0]).glob('*.py')),
+  ]
   settings = {
     'evaluator': dataclasses.asdict(dataclasses.replace(evaluator, ks=())), 'seed': seed_of(config, evaluator),
     'batch_size': config.eval.batch_size,
     'arch': dataclasses.asdict(run.arch), 'dtype': config.model.dtype, 'tokenizer': config.roles.policy.tokenizer,
     'template': config.roles.policy.template, 'max_completion_length': config.rollout.max_completion_length,
-    'chunk': config.rollout.chunk, 'rewards': dataclasses.asdict(config.rewards),
+    'chunk': config.rollout.chunk, 'rewards': dataclasses.asdict(config.rewards), 'reward_roles': config.roles.reward,
+    'reward_models': {name: int(checkpoint.fingerprint(frozen[f'reward.{name}'])) for name in run.reward_models},
   }  # fmt: skip
   return {
     'checkpoint': fingerprint, 'config': digest(settings), 'problems': digest(list(rows)), 'code': data.content_hash(judges)[:12]
@@ -204,12 +266,14 @@ class SampleFile:
 
 
 def sample_problems(
-  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None
-) -> list[dict]:
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None,
+  frozen: Mapping[str, PyTree] | None = None,
+) -> list[dict]:  # fmt: skip
   """`num_samples` judged completions of each problem, in order; batch by batch into `folder`, from which it goes on.
 
-  Tokens are a function of (seed, problem, member): an evaluation repeats exactly.
+  Tokens are a function of (seed, problem, member): an evaluation repeats exactly. `frozen` holds the weights of reward models.
   """
+  frozen = frozen or {}
   config, tok, n = run.config, run.tokenizer, evaluator.num_samples
   batch_size = config.eval.batch_size
   settings = Rollout(
@@ -221,8 +285,11 @@ def sample_problems(
   samples: list[dict] = []
   file = None
   if folder is not None:
-    file = SampleFile(folder, name, identity(run, int(checkpoint.fingerprint(params)), rows, evaluator))
+    file = SampleFile(folder, name, identity(run, int(checkpoint.fingerprint(params)), rows, evaluator, frozen))
     samples = file.read(batch_size * n, len(rows) * n)
+  other = None
+  if evaluator.kl_to and len(samples) < len(rows) * n:
+    other = build.load_params(evaluator.kl_to, run.arch, jax.random.key(0), run.mesh)
   for start in range(len(samples) // n, len(rows), batch_size):
     clock = time.perf_counter()
     ids = list(range(start, min(start + batch_size, len(rows))))
@@ -242,7 +309,10 @@ def sample_problems(
         'length': len(tokens),
         'truncated': bool(rolled.truncated_N[row]),
       })  # fmt: skip
-    judge(run, rows, batch, evaluator)
+    if other is not None:
+      for sample, kl in zip(batch, divergence(run, params, other, [prompts[i] for i in padded], rolled, evaluator)):
+        sample['kl'] = float(kl)
+    judge(run, rows, batch, evaluator, frozen)
     samples += batch
     seconds, done = time.perf_counter() - clock, ids[-1] + 1
     if file is not None:
@@ -292,6 +362,11 @@ def measure(samples: Sequence[Mapping[str, Any]], rows: Sequence[dict], evaluato
     'length': length.mean(axis=1),
     'truncated': table('truncated').mean(axis=1),
   }
+  if evaluator.kl_to:
+    values['kl'] = table('kl').mean(axis=1)
+  for reward_name in samples[0]['rewards'] if samples else ():
+    own = np.asarray([np.nan if (v := s['rewards'][reward_name]) is None else v for s in samples]).reshape(-1, n)
+    values[f'rewards/{reward_name}'] = own[~np.isnan(own).any(axis=1)].mean(axis=1)
   of_code = any(rows[s['problem']].get('tests') is not None for s in samples)
   correct = (accuracy[judged] == 1).sum(axis=1)
   polls = [votes(samples[i * n : (i + 1) * n]) for i in np.flatnonzero(judged).tolist()]
@@ -326,11 +401,47 @@ def accuracy_by_length(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, f
   return bins
 
 
-def evaluate(
-  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None = None
+@functools.partial(jax.jit, static_argnames=('arch', 'dtype', 'layers'))
+def token_scores(params: PyTree, arch: model.Arch, batch: Batch, dtype: str, layers: int) -> Array:
+  """[N, T]: the scalar head after every token; `layers` of them are in the batch's features already, where it has them."""
+  hidden = model.hidden_states(params, arch, batch, dtype=dtype, frozen_layers=layers)
+  return model.scores(params, hidden, batch.segment_NT)
+
+
+def rank(
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, frozen: Mapping[str, PyTree], folder: epath.Path | None
 ) -> tuple[dict[str, Any], list[dict]]:
-  """(metrics of `measure`, samples). Metrics of each difficulty and data set are under the column's name. `check_problems` has passed."""
-  samples = sample_problems(run, params, rows, name, evaluator, folder)
+  """(metrics, samples) of held-out judgements, by the scores of a reward model, or by a policy's implicit reward: the log-probability of a
+  response, or beta times what it has over that under the run's reference, where it has one (DPO, 2305.18290)."""
+  config, reference = run.config, frozen.get('ref')
+  dtype, layers = config.model.dtype, config.optim.frozen_layers
+
+  def scores(batch: Batch) -> Array:
+    if not run.speaks:
+      return token_scores(params, run.arch, batch, dtype, layers)
+    logp = sequence_logp(params, run.arch, batch, jnp.float32(1), dtype)
+    beta = getattr(run.objective, 'beta', 1.0)
+    return logp if reference is None else beta * (logp - sequence_logp(reference, run.arch, batch, jnp.float32(1), dtype))
+
+  result, samples = ranking_evaluator.evaluate_rankings(
+    scores, rows, run.tokenizer, config.roles.policy.template, run.mesh, max_length=config.data.max_length,
+    overlong=config.data.overlong, batch_size=config.eval.batch_size, prepare=lambda batch: collect.remembered(run, params, batch),
+  )  # fmt: skip
+  if folder is not None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'{name}.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in samples))
+  return result, samples
+
+
+def evaluate(
+  run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator | RankingEvaluator, folder: epath.Path | None = None,
+  frozen: Mapping[str, PyTree] | None = None,
+) -> tuple[dict[str, Any], list[dict]]:  # fmt: skip
+  """(metrics, samples): of `measure`, those of each difficulty and data set under the column's name, or of `rank`. `check_problems` has
+  passed."""
+  if isinstance(evaluator, RankingEvaluator):
+    return rank(run, params, rows, name, frozen or {}, folder)
+  samples = sample_problems(run, params, rows, name, evaluator, folder, frozen)
   result = measure(samples, rows, evaluator)
   for column in COLUMNS:
     groups = collections.defaultdict(list)
@@ -344,8 +455,9 @@ def evaluate(
 
 
 def evaluate_all(
-  run: Run, params: PyTree, problems: Mapping[str, Sequence[dict]], folder: epath.Path | None = None
-) -> dict[str, dict[str, Any]]:
+  run: Run, params: PyTree, problems: Mapping[str, Sequence[dict]], folder: epath.Path | None = None,
+  frozen: Mapping[str, PyTree] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
   """evaluator name -> metrics; samples go to `folder`/NAME.jsonl where there is one."""
   evaluators = make_evaluators(run.config.eval.evaluators)
-  return {name: evaluate(run, params, problems[name], name, evaluator, folder)[0] for name, evaluator in evaluators.items()}
+  return {name: evaluate(run, params, problems[name], name, e, folder, frozen)[0] for name, e in evaluators.items()}

@@ -45,6 +45,19 @@ def clipped_surrogate(
   return loss, {name: x.astype(jnp.float32) for name, x in clipped.items()}
 
 
+def clipped_value_loss(value: Array, value_old: Array, returns: Array, clip: float) -> tuple[Array, Array]:
+  """0.5 max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2): PPO's value loss in its authors' code (openai/baselines ppo2).
+
+  Returns:
+    loss_NT, and 0/1 where the clip cuts the gradient: V is further than `clip` from V_old and nearer to R than the clip allows.
+  """
+  near = value_old + jnp.clip(value - value_old, -clip, clip)
+  free, held = (value - returns) ** 2, (near - returns) ** 2
+  # V_old + (V - V_old) is V only up to rounding: the distance decides, else every other token would count as clipped.
+  clipped = (held > free) & (jnp.abs(value - value_old) > clip)
+  return 0.5 * jnp.maximum(free, held), clipped.astype(jnp.float32)
+
+
 def capped_reinforce(logp: Array, ratio: Array, advantage: Array, cap: float) -> tuple[Array, dict[str, Array]]:
   """CISPO (2506.13585, eq. 4): -stop_grad(min(r, cap)) A logp. The weight is bounded, and no token loses its gradient."""
   weight = jax.lax.stop_gradient(jnp.minimum(ratio, cap))
@@ -66,3 +79,75 @@ def kl_estimate(logp: Array, logp_ref: Array, estimator: str) -> Array:
   if estimator == 'k3':
     return jnp.exp(-k1) + k1 - 1.0
   raise ValueError(f'kl_estimator {estimator!r} is none of k1, k2, k3')
+
+
+def last_token(mask_NT: Array, segment_NT: Array) -> Array:
+  """float32 [N, T]: 1 at the last masked token of each segment, where a reward model reads its score."""
+
+  def row(mask, segment):
+    place = jnp.arange(mask.shape[0])
+    last = jax.ops.segment_max(jnp.where(mask > 0, place, -1), segment, num_segments=mask.shape[0] + 1)
+    return (mask > 0) & (place == last[segment])
+
+  return jax.vmap(row)(mask_NT, segment_NT).astype(jnp.float32)
+
+
+def preferred_pairs(rank_UK: Array, present_UK: Array) -> Array:
+  """float32 [U, K, K]: 1 where response i of a ranking stands before j (a smaller rank). A tie is no pair."""
+  before = rank_UK[:, :, None] < rank_UK[:, None, :]
+  return before * present_UK[:, :, None] * present_UK[:, None, :]
+
+
+def mean_over_pairs(x_UKK: Array, pairs_UKK: Array) -> Array:
+  """[U]: 0 where a ranking has no pair."""
+  return jnp.sum(pairs_UKK * x_UKK, axis=(1, 2)) / jnp.maximum(jnp.sum(pairs_UKK, axis=(1, 2)), 1)
+
+
+def ranking_loss(score_UK: Array, pairs_UKK: Array, margin_U: Array, center: float) -> Array:
+  """[U]: mean over a ranking's pairs of -log sigmoid(s_w - s_l - margin) (InstructGPT, 2203.02155, eq. 1; the margin: Llama 2, 2307.09288,
+  eq. 2) + center * (s_w + s_l)^2 (2312.09244), which holds the free constant of the scores near 0."""
+  winner, loser = score_UK[:, :, None], score_UK[:, None, :]
+  loss = jax.nn.softplus(-(winner - loser - margin_U[:, None, None])) + center * (winner + loser) ** 2
+  return mean_over_pairs(loss, pairs_UKK)
+
+
+def binary_cross_entropy(score: Array, target: Array) -> Array:
+  """-target log sigmoid(score) - (1 - target) log sigmoid(-score), for targets in [0, 1]."""
+  return jax.nn.softplus(score) - target * score
+
+
+# Preferences. Pairs: what whole completions score, [U]; the margin is that of their implicit rewards, D = r_w - r_l.
+
+
+def dpo(margin: Array, label_smoothing: float = 0.0) -> Array:
+  """DPO (2305.18290, eq. 7), and cDPO where a share of the labels is taken to be wrong."""
+  return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+
+
+def ipo(margin: Array, beta: float) -> Array:
+  """IPO (2310.12036, eq. 17): h_w - h_l = D / beta is drawn to 1 / (2 beta), and not beyond."""
+  return ((margin - 0.5) / beta) ** 2
+
+
+def hinge(margin: Array) -> Array:
+  """SLiC (2305.10425)."""
+  return jnp.maximum(0.0, 1 - margin)
+
+
+def cpl(chosen: Array, rejected: Array, bias: float) -> Array:
+  """CPL (2310.13639): -log(e^chosen / (e^chosen + e^(bias rejected))). With a bias below 1, lowering both likelihoods costs something."""
+  return jax.nn.softplus(bias * rejected - chosen)
+
+
+def log_odds(logp: Array) -> Array:
+  """log(p / (1 - p)) of ORPO (2403.07691), p being e to the mean log-probability of a completion. In float32 that may round to 1: the odds
+  stop growing before, where they would be infinite and their gradient NaN."""
+  logp = jnp.minimum(logp, -1e-6)
+  return logp - jnp.log(-jnp.expm1(logp))
+
+
+def kto(h: Array, z0: Array, label: Array, beta: float, desirable: float, undesirable: float) -> Array:
+  """KTO (2402.01306): how far the log-ratio h of a completion is on the wrong side of z0. A label between 0 and 1 weighs both sides."""
+  good = desirable * jax.nn.sigmoid(beta * (z0 - h))  # 1 - sigmoid(beta (h - z0))
+  bad = undesirable * jax.nn.sigmoid(beta * (h - z0))
+  return label * good + (1 - label) * bad

@@ -222,11 +222,12 @@ class Writer:
     """Every completion to a file, four of them (one a prompt) to the screen."""
     (self.folder / f'step_{step:06d}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     table = rich.table.Table(title=f'completions of step {step}', title_justify='left')
-    for name in ('prompt', 'completion', *rows[0]['rewards'], 'advantage'):
+    told = ('advantage',) if 'advantage' in rows[0] else ()
+    for name in ('prompt', 'completion', *rows[0]['rewards'], *told):
       table.add_column(name, overflow='fold')
     for row in rows[:: max(1, len(rows) // 4)][:4]:
       prompt, completion = (t if len(t) <= 300 else t[:150] + ' ... ' + t[-150:] for t in (row['prompt'], row['completion']))
-      numbers = ['none' if v is None else f'{v:.2f}' for v in (*row['rewards'].values(), row['advantage'])]
+      numbers = ['none' if v is None else f'{v:.2f}' for v in (*row['rewards'].values(), *(row[name] for name in told))]
       table.add_row(printable(prompt), printable(completion), *numbers)
     self.console.print(table)
 

@@ -61,25 +61,29 @@ class Weight(NamedTuple):
   fan_in: int = 0  # how many leading axes (after the layer) are inputs; Hugging Face stores [out, in]
 
 
-def weight_table(arch: Arch) -> dict[str, dict[str, Weight] | Weight]:
-  """name -> Weight, layers stacked on the first axis. Residual outputs start smaller by sqrt(2 L) (GPT-2)."""
+HEADS = ('lm', 'scalar')  # what a network says after a token: the next token's logits, one number (a reward, a value), or both
+
+
+def weight_table(arch: Arch, heads: tuple[str, ...] = ('lm',)) -> dict[str, dict[str, Weight] | Weight]:
+  """name -> Weight, layers stacked on the first axis. Residual outputs start smaller by sqrt(2 L) (GPT-2); the scalar head as
+  InstructGPT's (2203.02155), with standard deviation 1 / sqrt(D + 1)."""
   a, L, D, H = arch, arch.num_hidden_layers, arch.hidden_size, arch.head_dim
-  heads, K, F = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size
+  A, K, F = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size
   std, out = D**-0.5, (2 * L) ** -0.5
   attn, mlp = 'model.layers.{}.self_attn.', 'model.layers.{}.mlp.'
   layers = {
     'attn_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.input_layernorm.weight'),
-    'q': Weight((L, D, heads, H), ('layer', 'embed', 'heads', None), std, attn + 'q_proj.weight', 1),
+    'q': Weight((L, D, A, H), ('layer', 'embed', 'heads', None), std, attn + 'q_proj.weight', 1),
     'k': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'k_proj.weight', 1),
     'v': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'v_proj.weight', 1),
-    'o': Weight((L, heads, H, D), ('layer', 'heads', None, 'embed'), (heads * H) ** -0.5 * out, attn + 'o_proj.weight', 2),
+    'o': Weight((L, A, H, D), ('layer', 'heads', None, 'embed'), (A * H) ** -0.5 * out, attn + 'o_proj.weight', 2),
     'mlp_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.post_attention_layernorm.weight'),
     'gate': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'gate_proj.weight', 1),
     'up': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'up_proj.weight', 1),
     'down': Weight((L, F, D), ('layer', 'mlp', 'embed'), F**-0.5 * out, mlp + 'down_proj.weight', 1),
   }
   if a.qkv_bias:
-    layers['q_bias'] = Weight((L, heads, H), ('layer', 'heads', None), 0, attn + 'q_proj.bias')
+    layers['q_bias'] = Weight((L, A, H), ('layer', 'heads', None), 0, attn + 'q_proj.bias')
     layers['k_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'k_proj.bias')
     layers['v_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'v_proj.bias')
   if a.qk_norm:
@@ -90,8 +94,10 @@ def weight_table(arch: Arch) -> dict[str, dict[str, Weight] | Weight]:
     'layers': layers,
     'final_norm': Weight((D,), (None,), -1, 'model.norm.weight'),
   }
-  if not a.tie_word_embeddings:
+  if 'lm' in heads and not a.tie_word_embeddings:
     table['lm_head'] = Weight((a.vocab_size, D), ('vocab', 'embed'), std, 'lm_head.weight')
+  if 'scalar' in heads:
+    table['score'] = Weight((1, D), (None, 'embed'), (D + 1) ** -0.5, 'score.weight')
   return table
 
 
@@ -99,7 +105,7 @@ def is_weight(x) -> bool:
   return isinstance(x, Weight)
 
 
-def init(key: jax.Array, arch: Arch) -> PyTree:
+def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
   """Random float32 weights. Each weight has a key of its own path, so adding one leaves the others as they were."""
 
   def make(path, w: Weight):
@@ -110,7 +116,7 @@ def init(key: jax.Array, arch: Arch) -> PyTree:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     return w.scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), w.shape, jnp.float32)
 
-  return jax.tree_util.tree_map_with_path(make, weight_table(arch), is_leaf=is_weight)
+  return jax.tree_util.tree_map_with_path(make, weight_table(arch, heads), is_leaf=is_weight)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -193,11 +199,16 @@ def forward(
   dtype: str = 'float32',
   remat: str = 'none',
   keep_cache: bool = False,
+  frozen_layers: int = 0,
+  features: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-  """Hidden states [N, T, D] before the head, after the final norm. `extras['cache']`: k and v [L, N, T, K, H] where asked for."""
+  """Hidden states [N, T, D] before the head, after the final norm. `extras['cache']`: k and v [L, N, T, K, H] where asked for.
+
+  The first `frozen_layers` have no gradient, nor has the embedding below them; `features` [N, T, D] is what they give (see `trunk`), where
+  that is known already.
+  """
   attend = causal_attention(arch, position_NT, segment_NT)
   rope = rope_angles(arch, position_NT)
-  x = constrain(embed(params, tokens, dtype), 'rows', None, None)
 
   def layer(x, w):
     w = jax.tree.map(lambda p: p.astype(dtype), w)
@@ -206,8 +217,28 @@ def forward(
 
   if REMAT[remat] is not None:
     layer = jax.checkpoint(layer, policy=REMAT[remat])
-  x, cache = jax.lax.scan(layer, x, params['layers'])
+  layers = params['layers']
+  if frozen_layers:
+    if features is None:
+      features = trunk(params, arch, tokens, segment_NT, position_NT, frozen_layers, dtype)
+    x = jax.lax.stop_gradient(features.astype(dtype))
+    layers = jax.tree.map(lambda w: w[frozen_layers:], layers)
+  else:
+    x = constrain(embed(params, tokens, dtype), 'rows', None, None)
+  x, cache = jax.lax.scan(layer, x, layers)
   return rms_norm(x, params['final_norm'].astype(dtype), arch.rms_norm_eps), {'cache': cache} if keep_cache else {}
+
+
+def trunk(params: PyTree, arch: Arch, tokens: Array, segment_NT: Array, position_NT: Array, layers: int, dtype: str) -> Array:
+  """[N, T, D]: what the first `layers` layers give."""
+  attend = causal_attention(arch, position_NT, segment_NT)
+  rope = rope_angles(arch, position_NT)
+
+  def layer(x, w):
+    return constrain(block(arch, jax.tree.map(lambda p: p.astype(dtype), w), x, rope, attend)[0], 'rows', None, None), None
+
+  x = constrain(embed(params, tokens, dtype), 'rows', None, None)
+  return jax.lax.scan(layer, x, jax.tree.map(lambda w: w[:layers], params['layers']))[0]
 
 
 def embed(params: PyTree, tokens: Array, dtype: str) -> Array:
@@ -242,14 +273,36 @@ def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[
 CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
 
 
-def log_probs(
+def hidden_states(
+  params: PyTree, arch: Arch, batch: Batch, *, dtype: str = 'float32', remat: str = 'none', frozen_layers: int = 0
+) -> Array:
+  """`forward` of a batch, from its `extras['features']` where it has them."""
+  return forward(
+    params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat,
+    frozen_layers=frozen_layers, features=batch.extras.get('features'),
+  )[0]  # fmt: skip
+
+
+def scores(params: PyTree, hidden: Array, segment_NT: Array) -> Array:
+  """float32 [N, T]: the scalar head after each token, 0 on padding."""
+  return jnp.where(segment_NT > 0, logits(hidden, params['score'])[..., 0], 0.0)
+
+
+def log_probs(params: PyTree, arch: Arch, batch: Batch, temperature_N: Array | float = 1.0, *, dtype: str = 'float32', remat: str = 'none',
+              **wanted: bool) -> tuple[Array, Array | None]:  # fmt: skip
+  """`token_log_probs` after a forward pass."""
+  return token_log_probs(
+    params, arch, batch, hidden_states(params, arch, batch, dtype=dtype, remat=remat), temperature_N, **wanted
+  )
+
+
+def token_log_probs(
   params: PyTree,
   arch: Arch,
   batch: Batch,
+  hidden: Array,
   temperature_N: Array | float = 1.0,
   *,
-  dtype: str = 'float32',
-  remat: str = 'none',
   entropy: bool = False,
   entropy_gradient: bool = False,
 ) -> tuple[Array, Array | None]:
@@ -259,7 +312,6 @@ def log_probs(
 
   The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
   """
-  hidden, _ = forward(params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat)
   N, T, _ = hidden.shape
   target = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
   scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), (N,))[:, None, None]
@@ -294,8 +346,31 @@ def log_probs(
 
 
 class Net(NamedTuple):
-  """A role's network as the objectives see it. `logp(params, rows, entropy=False, entropy_gradient=False)` is
-  `log_probs` with everything else filled in."""
+  """A role's network as the objectives see it: `token_log_probs` and `scores` of a batch with everything else filled in."""
 
-  arch: Arch
-  logp: Callable[..., tuple[Array, Array | None]]
+  logp: Callable[..., tuple[Array, Array | None]]  # (params, rows, entropy=False, entropy_gradient=False)
+  scores: Callable[..., Array]  # (params, rows) -> [N, T]
+  logp_and_scores: Callable[..., tuple[Array, Array | None, Array]]  # as logp, in one pass
+
+
+def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0) -> Net:
+  """`temperature(rows)` gives one number a row."""
+
+  def run(params, rows):
+    if frozen_layers:  # where tied, it is the head, too
+      params = {**params, 'embed': jax.lax.stop_gradient(params['embed'])}
+    return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers)
+
+  def logp(params, rows, **wanted):
+    params, hidden = run(params, rows)
+    return token_log_probs(params, arch, rows, hidden, temperature(rows), **wanted)
+
+  def only_scores(params, rows):
+    params, hidden = run(params, rows)
+    return scores(params, hidden, rows.segment_NT)
+
+  def logp_and_scores(params, rows, **wanted):
+    params, hidden = run(params, rows)
+    return *token_log_probs(params, arch, rows, hidden, temperature(rows), **wanted), scores(params, hidden, rows.segment_NT)
+
+  return Net(logp, only_scores, logp_and_scores)

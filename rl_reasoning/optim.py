@@ -23,6 +23,21 @@ def decays(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
+def freeze(layers: int) -> optax.GradientTransformation:
+  """Leaves the embedding and the first layers as they are. Their gradients are 0 already (model.make_net); decay is not."""
+
+  def update(updates, params):
+    def keep(path, x):
+      names = [str(key.key) for key in path]
+      if names[0] == 'embed':
+        return jnp.zeros_like(x)
+      return x.at[:layers].set(0.0) if names[0] == 'layers' else x
+
+    return jax.tree_util.tree_map_with_path(keep, updates)
+
+  return optax.stateless(update)
+
+
 def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation, Callable]:
   """(transformation, schedule). Schedules count updates; the last update of `linear` and `cosine` is the one before zero.
 
@@ -50,7 +65,7 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
   weights = {'w': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
   try:
     steps.append(build(schedule, **options))
-    optimizer = optax.chain(*steps)
+    optimizer = optax.chain(*steps, *([freeze(optim.frozen_layers)] if optim.frozen_layers else []))
     jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
   except Exception as error:  # an option of a wrong type shows only when it is used
     text = f"config section 'optim': optax.{optim.name} with {dict(optim.options)} makes no update: {error}"

@@ -3,7 +3,8 @@
   python -m rl_reasoning.pipeline --config=configs/demo.py --workdir=runs/demo [--overwrite]
 
 A pipeline config's get_config returns {'stages': {name: train config}}; '{workdir}' in a text is the pipeline's own workdir, so that a
-stage starts from another's checkpoint by `roles.policy.init = '{workdir}/base'`.
+stage starts from another's checkpoint by `roles.policy.init = '{workdir}/base'`. A stage with a section `generate` samples data from a
+checkpoint (datagen.py), and a later one trains on it by `data.path = '{workdir}/STAGE/data.jsonl'`.
 """
 
 if __name__ == '__main__':
@@ -12,6 +13,7 @@ if __name__ == '__main__':
   environment.restart_with_huge_pages('rl_reasoning.pipeline')
 
 import json
+import pathlib
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from rl_reasoning import build, config as config_lib, environment, evaluators, metrics, train
+from rl_reasoning import build, config as config_lib, datagen, environment, evaluators, metrics, train
 from rl_reasoning.config import ConfigError, check
 
 
@@ -31,29 +33,55 @@ def fill(value: Any, workdir: str) -> Any:
   return value.replace('{workdir}', workdir) if isinstance(value, str) else value
 
 
+def check_stage(settings: Mapping[str, Any], workdir: str, earlier: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises ConfigError for what can be told wrong of a stage before those of `earlier` have run."""
+  for key, value in config_lib.flatten(settings).items():
+    if isinstance(value, str) and value.startswith('{workdir}/'):
+      name = value.split('/')[1]
+      there = pathlib.Path(fill(value, workdir)).exists()
+      check(name in earlier or there, f'config key {key!r}: {value!r} does not exist, and no earlier stage is called {name!r}')
+  filled, runs = fill(settings, workdir), [f'{workdir}/{name}' for name, s in earlier.items() if 'generate' not in s]
+  if 'generate' in settings:
+    datagen.check_job(datagen.resolve(filled), runs)
+    return
+  config = config_lib.resolve(filled)
+  build.check_config(config, set(config_lib.flatten(settings)), earlier=runs)
+  evaluators.make_evaluators(config.eval.evaluators)
+
+
+def run_stage(settings: Mapping[str, Any], workdir: str, overwrite: bool) -> dict[str, Any]:
+  """Trains or samples; returns the stage's entry of summary.json."""
+  if 'generate' in settings:
+    summary = datagen.generate(datagen.resolve(settings), workdir, overwrite)
+    print(datagen.describe(summary), flush=True)
+    return {**summary, 'evaluators': {}}
+  keys_set = set(config_lib.flatten(settings))
+  summary = train.train(config_lib.resolve(settings), workdir, keys_set=keys_set, overwrite=overwrite)
+  numbers = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
+  first = next(iter(numbers.values()), {})
+  return {**numbers.get('greedy', first), 'evaluators': numbers, 'wall_s': summary['wall_s']}
+
+
 def run_pipeline(stages: Mapping[str, Any], workdir: str, overwrite: bool = False) -> dict[str, Any]:
   """Runs what is not finished; returns and writes summary.json: the last evaluation of each stage, and of the last one as 'final'. Beside
-  'evaluators' an entry has the numbers of the one called greedy, or else of the first."""
+  'evaluators' an entry has the numbers of the one called greedy, or else of the first; a stage that samples data has its own summary."""
   good = isinstance(stages, Mapping) and bool(stages) and all(isinstance(s, Mapping) for s in stages.values())
   check(good, "pipeline: 'stages' is no mapping of names to train configs")
   check('final' not in stages, "pipeline: no stage may be called 'final': summary.json has the last one's numbers there")
-  resolved = {name: (config_lib.resolve(fill(s, workdir)), set(config_lib.flatten(s))) for name, s in stages.items()}
-  for name, (config, keys_set) in resolved.items():
+  earlier: dict[str, Mapping[str, Any]] = {}
+  for name, settings in stages.items():
     try:
-      build.check_config(config, keys_set, earlier=[f'{workdir}/{n}' for n in resolved])
-      evaluators.make_evaluators(config.eval.evaluators)
+      check_stage(settings, workdir, earlier)
     except ConfigError as error:  # now, not when the stages before it have run
       raise ConfigError(f'stage {name}: {error}') from None
+    earlier[name] = settings
   result: dict[str, Any] = {}
-  for name, (config, keys_set) in resolved.items():
+  for name, settings in stages.items():
     print(f'== stage {name}', flush=True)
     began = time.time()
-    summary = train.train(config, f'{workdir}/{name}', keys_set=keys_set, overwrite=overwrite)
-    numbers = summary['evaluations'][-1]['evaluators'] if summary['evaluations'] else {}
-    first = next(iter(numbers.values()), {})
-    result[name] = {**numbers.get('greedy', first), 'evaluators': numbers, 'wall_s': summary['wall_s']}
+    result[name] = run_stage(fill(settings, workdir), f'{workdir}/{name}', overwrite)
     print(f'== stage {name}: done in {time.time() - began:.0f} s', flush=True)
-  result['final'] = result[next(reversed(resolved))]
+  result['final'] = result[list(stages)[-1]]
   train.write_atomically(epath.Path(workdir) / 'summary.json', json.dumps(result, indent=1))
   return result
 

@@ -4,13 +4,14 @@ Completions are texts, or lists of chat messages whose last one counts; columns 
 never a zero. `rewards.functions` may also name 'my_package.my_module:function' with the same signature: it runs in a worker process, one
 call a batch, within `rewards.timeout` seconds, and gets and returns what JSON can say. A function's keyword-only arguments are its options
 (`rewards.options.NAME`); one called max_completion_length is given the number of tokens at which completions are cut.
+Names of reward models and of their combinations (reward_models.py) may stand there too: `score` is handed what they say.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from rl_reasoning.rule_rewards import (
   reasoning_steps,
   repetition,
 )
+from rl_reasoning.tasks.reviews import gold_reviews
 from rl_reasoning.tokenizer import from_thinking
 from rl_reasoning.verify.pool import shared
 
@@ -69,17 +71,18 @@ REWARDS: dict[str, Reward] = {
   'overlong': overlong,
   'code': code,
   'code_binary': code_binary,
+  'gold_reviews': gold_reviews,
 }
 
 
-def resolve(name: str) -> Reward:
-  """A function of REWARDS, or 'module:function'. Raises ConfigError."""
+def resolve(name: str, networks: Collection[str] = ()) -> Reward:
+  """A function of REWARDS, or 'module:function'. Raises ConfigError, which lists `networks` among the names that would do."""
   if name in REWARDS:
     return REWARDS[name]
   module, _, attribute = name.partition(':')
   check(
     bool(module and attribute),
-    f"config key 'rewards.functions': {name!r} is none of {', '.join(REWARDS)}, and no 'module:function'",
+    f"config key 'rewards.functions': {name!r} is none of {', '.join([*REWARDS, *networks])}, and no 'module:function'",
   )
   try:
     function = getattr(importlib.import_module(module), attribute)
@@ -105,13 +108,20 @@ def arguments(name: str, options: Mapping[str, Any], max_completion_length: int 
   return {**options.get(name, {}), **{k: v for k, v in given.items() if k in wanted}}
 
 
-def check_rewards(rewards: Rewards, max_completion_length: int) -> None:
-  """Raises ConfigError, before a run spends its time, for functions that do not exist and options that they do not take.
+def check_rewards(rewards: Rewards, max_completion_length: int, models: Collection[str] = ()) -> None:
+  """Raises ConfigError, before a run spends its time, for functions that do not exist and options that they do not take. `models` are the
+  names of the reward models.
 
   Functions of REWARDS are called on no rows, so that they check the values of their options themselves.
   """
-  for name in rewards.functions:
-    resolve(name)
+  networks = sorted({*models, *rewards.combinations})
+  for name in networks:
+    key = f'rewards.combinations.{name}' if name in rewards.combinations else f'roles.reward.{name}'
+    check(name not in REWARDS, f'config key {key!r}: a rule reward has that name')
+    check(name not in rewards.options, f"config key 'rewards.options.{name}': it has no options; its keys are those of {key}")
+  functions = [name for name in rewards.functions if name not in networks]
+  for name in functions:
+    resolve(name, networks)
     check(
       name in REWARDS or not name.startswith('__main__:') or not rewards.timeout,
       f"config key 'rewards.functions': a worker process cannot import {name!r} from the script itself: move it to a module, or set "
@@ -119,13 +129,13 @@ def check_rewards(rewards: Rewards, max_completion_length: int) -> None:
     )
   for name, options in rewards.options.items():
     key = f'rewards.options.{name}'
-    check(name in rewards.functions, f'config key {key!r}: {name!r} is none of rewards.functions')
+    check(name in functions, f'config key {key!r}: {name!r} is none of rewards.functions')
     check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
     known = [option for option in keyword_only(resolve(name)) if option != 'max_completion_length']
     for option in options:
       hint = f'it has {", ".join(known)}' if known else 'it has none'
       check(option in known, f"config key '{key}.{option}' is unknown: no option of {name!r}; {hint}")
-  for name in rewards.functions:
+  for name in functions:
     if name in REWARDS:
       try:
         REWARDS[name]([], [], [], **arguments(name, rewards.options, max_completion_length))
@@ -182,13 +192,22 @@ class Scores(NamedTuple):
 
 def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: Sequence, completion_ids: Sequence,
           columns: Mapping[str, Sequence], *, options: Mapping[str, Any] | None = None, timeout: float = Rewards.timeout,
-          max_completion_length: int | None = None) -> Scores:  # fmt: skip
+          max_completion_length: int | None = None, known: Mapping[str, Sequence[float | None]] | None = None) -> Scores:  # fmt: skip
   """What each function says of each completion. A function that crashes on the batch, or takes longer than `timeout` seconds for it (0: no
   limit, in this process), is called again row by row, so that the error names the row, and with on_error 'none' only that row goes
-  without a verdict. A row by itself has its share of the limit, and a second at least. Raises RewardError."""
+  without a verdict. A row by itself has its share of the limit, and a second at least. Names in `known` have their values there: nothing is
+  called for them, and a value that is no number is an error, whatever `on_error`. Raises RewardError."""
   N, R = len(completions), len(names)
   values, has, failed = np.zeros((N, R)), np.zeros((N, R), bool), np.zeros((N, R), bool)
   for r, name in enumerate(names):
+    if known and name in known:
+      try:
+        column = checked(known[name], N)
+      except ValueError as error:
+        raise RewardError(f'reward {name!r}: {error}') from None
+      has[:, r] = [v is not None for v in column]
+      values[:, r] = [v or 0.0 for v in column]
+      continue
     given = arguments(name, options or {}, max_completion_length)
     own = keyword_only(REWARDS[name]) if name in REWARDS else []  # a column 'unsafe' of the data must not set an option
     rows = {k: v for k, v in columns.items() if k not in own}

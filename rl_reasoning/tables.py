@@ -19,6 +19,16 @@ METRICS = (  # key, name of the column, format
   ('length_wrong', 'tokens if wrong', '.1f'),
   ('truncated', 'truncated', '.3f'),
 )
+JUDGED = (  # of evaluators that hold scores against judgements
+  ('accuracy', 'accuracy', '.3f'),
+  ('length_accuracy', 'longer is better', '.3f'),
+  ('accuracy_longer_preferred', 'where longer is', '.3f'),
+  ('accuracy_shorter_preferred', 'where shorter is', '.3f'),
+  ('auc', 'AUC', '.3f'),
+  ('margin', 'margin', '.3f'),
+  ('ece', 'ECE', '.3f'),
+  ('score_length_correlation', 'correlation with length', '.2f'),
+)
 
 
 def ks_of(metrics: Mapping[str, Any]) -> list[int]:
@@ -45,15 +55,18 @@ def rows_to_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The tables of an evaluation.json."""
-  evaluators = result['evaluators']
+  judged = {name: m for name, m in result['evaluators'].items() if 'reliability' in m}
+  evaluators = {name: m for name, m in result['evaluators'].items() if name not in judged}
   parts = [
     f'# Evaluation of {result["checkpoint"]}\n\n'
     f'Weights {result["fingerprint"]}, config {result["config_hash"]}, {result["hardware"]["device"]}, '
     f'{result["tokens"]:,} tokens. In brackets: 95 % bootstrap intervals over problems.\n'
   ]
-  names = ('evaluator', 'problems', *(name for _, name, _ in METRICS))
-  rows = [[name, f'{m["problems"]:.0f}', *(cell(m, key, form) for key, _, form in METRICS)] for name, m in evaluators.items()]
-  parts.append(rows_to_markdown(names, rows))
+  for columns, kind in ((METRICS, evaluators), (JUDGED, judged)):
+    if kind:
+      names = ('evaluator', 'problems', *(name for _, name, _ in columns))
+      rows = [[name, f'{m["problems"]:.0f}', *(cell(m, key, form) for key, _, form in columns)] for name, m in kind.items()]
+      parts.append(rows_to_markdown(names, rows))
   for name, m in evaluators.items():
     if ks := ks_of(m):
       rows = [['pass', cell(m, 'accuracy'), *(cell(m, f'pass@{k}') for k in ks if k > 1)]]
@@ -86,7 +99,7 @@ def plot(result: Mapping[str, Any], path: epath.Path) -> None:
   largest = 1
   for index, (name, m) in enumerate(result['evaluators'].items()):
     color = f'C{index % 10}'
-    if 'accuracy' not in m:
+    if 'accuracy' not in m or 'reliability' in m:
       continue
     ks = [1, *(k for k in ks_of(m) if k > 1)]
     largest = max(largest, ks[-1])
@@ -120,6 +133,35 @@ def plot(result: Mapping[str, Any], path: epath.Path) -> None:
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
       axis.legend(fontsize=7, handlelength=3)
+  figure.tight_layout()
+  with path.open('wb') as file:
+    figure.savefig(file, format='png', dpi=100)
+  plt.close(figure)
+
+
+def plot_reliability(result: Mapping[str, Any], path: epath.Path) -> None:
+  """What scores predict against how often it happened, a curve for each evaluator that has one; on the diagonal a model means what it says.
+  A point's area is the share of the pairs (or verdicts) in its bin."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(5, 4.6))
+  curves = {name: m for name, m in result['evaluators'].items() if 'reliability' in m}
+  low = min((b['low'] for m in curves.values() for b in m['reliability']), default=0.0)
+  low = 0.5 if low >= 0.5 else 0.0  # of pairs: how sure the model is of its own choice
+  axis.plot([low, 1], [low, 1], color='gray', linewidth=1, linestyle='--')
+  for index, (name, m) in enumerate(curves.items()):
+    x, y = [b['predicted'] for b in m['reliability']], [b['observed'] for b in m['reliability']]
+    axis.plot(x, y, color=f'C{index % 10}', label=f'{name}: ECE {m["ece"]:.3f}')
+    axis.scatter(x, y, [10 + 150 * b['share'] for b in m['reliability']], color=f'C{index % 10}')
+  axis.set_xlabel('predicted probability')
+  axis.set_ylabel('how often it was so')
+  axis.set_title('calibration')
+  axis.grid(alpha=0.3)
+  if curves:
+    axis.legend(fontsize=7, handlelength=3)
   figure.tight_layout()
   with path.open('wb') as file:
     figure.savefig(file, format='png', dpi=100)

@@ -26,7 +26,7 @@ from etils import epath
 from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics, tables
 from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
-from rl_reasoning.structs import TrainState
+from rl_reasoning.structs import ROLLOUT, TrainState
 
 RUN_FILES = ('config.json', 'metrics.jsonl', 'eval.jsonl', 'summary.json', 'curves.png', 'frozen.json')
 RUN_FOLDERS = ('checkpoints', 'completions', 'samples', 'tensorboard')
@@ -113,7 +113,9 @@ def loop(
   def run_evaluators():
     if problems:
       folder = writer.workdir / 'samples' / f'step_{state.step:06d}'
-      writer.evaluation(state.step, evaluators.evaluate_all(run, state.params['policy'], problems, folder))
+      writer.evaluation(
+        state.step, evaluators.evaluate_all(run, state.params['policy'], problems, folder, {**state.frozen, **state.moving})
+      )
 
   if state.step == 0 and config.eval.at_start:
     run_evaluators()
@@ -133,7 +135,7 @@ def loop(
       phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
     values = metrics.summarise({**gathered, **got.metrics})
     saves = last_or_every(step, config.checkpoint.every)
-    checked = {'loss': values['loss'], 'grad_norm': values['grad_norm']}
+    checked = {name: value for name, value in values.items() if name == 'loss' or name.startswith('grad_norm')}
     if saves:  # a finite gradient can still take the weights beyond all numbers
       checked['the norm of the weights'] = float(optax.global_norm(state.params))
     for name, value in checked.items():
@@ -148,8 +150,11 @@ def loop(
       values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
       writer.write(step, values)
       if got.samples:
-        advantage = jax.device_get(batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1))
-        writer.completions(step, [{**s, 'advantage': float(a)} for s, a in zip(got.samples, advantage, strict=True)])
+        samples = got.samples
+        if batch.advantage_NT is not None:
+          mean, source = jax.device_get((batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1), batch.source_N))
+          samples = [{**s, 'advantage': float(a)} for s, a in zip(samples, mean[source == ROLLOUT], strict=True)]
+        writer.completions(step, samples)
     if last_or_every(step, config.eval.every):
       run_evaluators()
     if saves:

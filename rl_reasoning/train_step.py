@@ -45,9 +45,10 @@ def undeal(batch: PyTree, rows_together: int) -> PyTree:
   return jax.tree.map(join, batch)
 
 
-def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransformation, schedule: Callable, micro_batch: int,
+def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.GradientTransformation], schedule: Callable, micro_batch: int,
                max_completion_length: int, shardings: PyTree | None = None) -> Steps:  # fmt: skip
-  """The jitted functions of one run. `shardings` (of params and opt) keeps the state where it was born.
+  """The jitted functions of one run. `shardings` (of params and opt) keeps the state where it was born. Each trainable role has its
+  optimizer, with a clip of its own; `schedule` is the policy's.
 
   `micro_batch` counts rows over all devices, 0 the whole batch. Batches reach it checked (build.py): every split divides.
   """
@@ -61,11 +62,11 @@ def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransfo
     count = pieces(batch.tokens.shape[0])
     if count == 1:
       return objective.score(nets, params, frozen, batch)
-    scored = jax.lax.map(lambda rows: objective.score(nets, params, frozen, rows), deal(batch, count, together))
-    return undeal(scored, together)
+    scored = jax.lax.map(lambda rows: objective.score(nets, params, frozen, rows), deal(batch, count, 1))  # each row by itself
+    return undeal(scored, 1)
 
   def update(params, opt, updates, aux, frozen, batch):
-    weight = weigh(batch.mask_NT, batch.segment_NT, batch.source_N, objective.aggregation, max_completion_length)
+    weight = weigh(batch.mask_NT, batch.segment_NT, batch.source_N, objective.aggregation, max_completion_length, together)
     batch = batch.replace(weight_NT=weight)
 
     def one(rows):
@@ -96,7 +97,7 @@ def make_steps(objective, nets: dict[str, Net], optimizer: optax.GradientTransfo
     metrics['learning_rate'] = Mean(jnp.asarray(schedule(updates), jnp.float32), jnp.float32(1))
     new_params, new_opt = {}, {}
     for role, grad in grads.items():
-      change, new_opt[role] = optimizer.update(grad, opt[role], params[role])
+      change, new_opt[role] = optimizers[role].update(grad, opt[role], params[role])
       new_params[role] = optax.apply_updates(params[role], change)
     return new_params, new_opt, updates + 1, metrics
 

@@ -1,5 +1,7 @@
 """Published weights -> the model's pytree and back: Hugging Face folders (safetensors) and llama GGUF files. Pickles are not read.
 
+A folder holds a causal language model (head 'lm') or a sequence classifier of one label, which is a reward model (head 'scalar').
+
 A file offers tensors under Hugging Face names; the weight table says which it must hold and how each is laid out. All names and shapes
 are compared before the first tensor is read, and every weight is built and put into its sharding alone.
 """
@@ -23,13 +25,15 @@ from rl_reasoning.config import ConfigError, check, from_mapping
 from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
+from rl_reasoning.tokenizer import HFTokenizer
 
-# model_type -> (class that transformers builds, what sets it apart from the others)
+# model_type -> (what the classes that transformers builds begin with, what sets it apart from the others)
 FAMILIES: dict[str, tuple[str, dict[str, bool]]] = {
-  'llama': ('LlamaForCausalLM', {'qkv_bias': False, 'qk_norm': False}),
-  'qwen2': ('Qwen2ForCausalLM', {'qkv_bias': True, 'qk_norm': False}),
-  'qwen3': ('Qwen3ForCausalLM', {'qkv_bias': False, 'qk_norm': True}),
+  'llama': ('Llama', {'qkv_bias': False, 'qk_norm': False}),
+  'qwen2': ('Qwen2', {'qkv_bias': True, 'qk_norm': False}),
+  'qwen3': ('Qwen3', {'qkv_bias': False, 'qk_norm': True}),
 }
+CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
   'tokenizer.model', 'chat_template.jinja', 'generation_config.json',
@@ -60,6 +64,31 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def read_arch(path: str) -> Arch:
   """The architecture from a folder's config.json or a GGUF file's metadata. Raises ConfigError for what this model cannot be."""
   return gguf_arch(path) if is_gguf(path) else hf_arch(pathlib.Path(path) / 'config.json')
+
+
+def source_heads(path: str) -> tuple[str, ...]:
+  """What a folder or file holds beside the trunk: ('lm',), or ('scalar',) for a sequence classifier. Raises ConfigError for a classifier of
+  several labels."""
+  if is_gguf(path):
+    return ('lm',)
+  file = pathlib.Path(path) / 'config.json'
+  config = read_json(file)
+  classes = config.get('architectures') or []
+  if not (isinstance(classes, list) and any(str(name).endswith(CLASSES['scalar']) for name in classes)):
+    return ('lm',)
+  labels = config.get('id2label') or config.get('num_labels') or 1  # its tensor tells where the file does not
+  count = len(labels) if isinstance(labels, dict) else labels
+  check(count == 1, f'{file}: a classifier of {count!r} labels; a reward model has one')
+  return ('scalar',)
+
+
+def score_shift(path: str) -> float:
+  """What is to be subtracted from a classifier's scores: the key of that name, which our exports have; else 0."""
+  file = pathlib.Path(path) / 'config.json'
+  shift = read_json(file).get('score_shift', 0.0)
+  good = isinstance(shift, (int, float)) and not isinstance(shift, bool) and math.isfinite(shift)
+  check(good, f'{file}: score_shift {shift!r} is no finite number')
+  return float(shift)
 
 
 def hf_arch(file: pathlib.Path) -> Arch:
@@ -221,9 +250,9 @@ def hf_shape(w: Weight) -> tuple[int, ...]:
   return (math.prod(outputs), math.prod(inputs)) if w.fan_in else (math.prod(outputs),)
 
 
-def check_tensors(path: str, arch: Arch, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(path: str, arch: Arch, heads: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
   """Exactly the weights of the table, in their shapes; beside them only what says nothing (buffers, a copy of a tied embedding)."""
-  table = jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)
+  table = jax.tree.leaves(model.weight_table(arch, heads), is_leaf=model.is_weight)
   expected = {name: hf_shape(w) for w in table for name in layers_of(w)}
   missing = [name for name in expected if name not in tensors]
   check(not missing, f'{path}: {len(missing)} weights are missing: {", ".join(missing[:4])}{", ..." * (len(missing) > 4)}')
@@ -241,10 +270,15 @@ def check_tensors(path: str, arch: Arch, tensors: Mapping[str, Tensor]) -> None:
     raise ConfigError(f'{tensors[unused[0]].file}: {len(unused)} tensors that no weight reads: {", ".join(unused[:4])}{more}')
 
 
-def load(path: str, arch: Arch, shardings: PyTree | None = None) -> PyTree:
-  """The parameters, float32, from a Hugging Face folder or a GGUF file, each put into its sharding (None: the default device)."""
+def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  """The parameters, float32, from a Hugging Face folder or a GGUF file, each put into its sharding (None: the default device).
+
+  Of `heads` those that the source has (see `source_heads`): one that it lacks is the caller's to make, one that is not asked for is left
+  out. `shardings` are those of what is returned.
+  """
   tensors = gguf_tensors(path, arch) if is_gguf(path) else safetensors_tensors(pathlib.Path(path))
-  check_tensors(path, arch, tensors)
+  source = source_heads(path)
+  check_tensors(path, arch, source, tensors)
 
   def put(w: Weight, sharding=None) -> jax.Array:
     names = layers_of(w)
@@ -254,11 +288,12 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None) -> PyTree:
       part[...] = (stored.T if w.fan_in else stored).reshape(part.shape)
     return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(w.shape, sharding, lambda index: x[index])
 
-  trees = (model.weight_table(arch),) + (() if shardings is None else (shardings,))
+  table = model.weight_table(arch, tuple(head for head in heads if head in source))
+  trees = (table,) + (() if shardings is None else (shardings,))
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
-def hf_config(arch: Arch) -> dict[str, Any]:
+def hf_config(arch: Arch, head: str) -> dict[str, Any]:
   own = {'qkv_bias': arch.qkv_bias, 'qk_norm': arch.qk_norm}
   family = next((name for name, (_, traits) in FAMILIES.items() if traits == own), None)
   if family is None:
@@ -266,7 +301,7 @@ def hf_config(arch: Arch) -> dict[str, Any]:
   fields = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
             'head_dim', 'rms_norm_eps', 'tie_word_embeddings')  # fmt: skip
   return {
-    'architectures': [FAMILIES[family][0]],
+    'architectures': [FAMILIES[family][0] + CLASSES[head]],
     'model_type': family,
     'dtype': 'float32',
     'hidden_act': 'silu',
@@ -291,17 +326,64 @@ def save_tokenizer(source: str, folder: pathlib.Path) -> None:
     shutil.copyfile(file, folder / file.name)
 
 
-def save(params: PyTree, arch: Arch, path: str, tokenizer_path: str | None = None) -> None:
-  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file."""
+def padding_of_its_own(folder: pathlib.Path) -> int | None:
+  """The id of the padding token of a saved model's tokenizer; None where it has no token to spare.
+
+  A sequence classifier reads its score at the last token that is no padding, by id: where the tokenizer pads with the end token, as many
+  do, that would be the token before the end. The files then get another special token as padding.
+  """
+  tok = HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
+  pad = tok.inner.pad_token_id
+  if pad is not None and pad != tok.end_id:
+    return pad
+  added = tok.inner.added_tokens_decoder
+  free = [i for i, token in added.items() if token.special and i not in (*tok.end_ids, tok.inner.bos_token_id)]
+  if not free:
+    return None
+  pad = max(free)  # the last ones are the least in use: reserved, unused, of other modalities
+  for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+    file = folder / name
+    if file.is_file():
+      file.write_text(json.dumps({**read_json(file), 'pad_token': str(added[pad])}, indent=2, ensure_ascii=False) + '\n')
+  return pad
+
+
+def save(
+  params: PyTree,
+  arch: Arch,
+  path: str,
+  tokenizer_path: str | None = None,
+  heads: tuple[str, ...] = ('lm',),
+  score_shift: float = 0.0,
+) -> None:
+  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file.
+
+  With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
+  no padding, and transformers refuses batches of several rows.
+  """
   import safetensors.numpy
 
   target = pathlib.Path(path).absolute()
   check(not os.path.lexists(target), f'{path}: exists already')
-  config = hf_config(arch)
+  check(len(heads) == 1, f'{path}: transformers has no class with the heads {", ".join(heads)}: save one')
+  config, table = hf_config(arch, heads[0]), model.weight_table(arch, heads)
+  if heads == ('scalar',):
+    config |= {
+      'num_labels': 1,
+      'id2label': {'0': 'LABEL_0'},
+      'label2id': {'LABEL_0': 0},
+      'problem_type': 'regression',
+      'pad_token_id': None,
+      'score_shift': score_shift,
+    }
   part = target.with_name(f'.{target.name}.{os.getpid()}.part')
   part.mkdir(parents=True)
+
+  def write_config(**more):
+    (part / 'config.json').write_text(json.dumps({**config, **more}, indent=2) + '\n')
+
   try:
-    (part / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    write_config()
     tensors = {}
 
     def add(w: Weight, stacked: jax.Array) -> None:
@@ -310,10 +392,12 @@ def save(params: PyTree, arch: Arch, path: str, tokenizer_path: str | None = Non
         shape = hf_shape(w)
         tensors[name] = np.ascontiguousarray(piece.reshape(shape[::-1]).T if w.fan_in else piece.reshape(shape))
 
-    jax.tree.map(add, model.weight_table(arch), params, is_leaf=model.is_weight)
+    jax.tree.map(add, table, {name: params[name] for name in table}, is_leaf=model.is_weight)
     safetensors.numpy.save_file(tensors, part / 'model.safetensors', metadata={'format': 'pt'})
     if tokenizer_path:
       save_tokenizer(tokenizer_path, part)
+    if heads == ('scalar',) and tokenizer_path:
+      write_config(pad_token_id=padding_of_its_own(part))
     part.rename(target)
   finally:
     shutil.rmtree(part, ignore_errors=True)

@@ -44,8 +44,8 @@ def test_weigh(aggregation, sources):
 
 def test_weigh_of_nothing():
   """Failure: an update without a trained token divides by zero."""
-  for aggregation in advantages.AGGREGATIONS:
-    weight = advantages.weigh(np.zeros((2, 3), np.float32), np.ones((2, 3), np.int32), np.zeros(2, np.int32), aggregation, 3)
+  for aggregation in (*advantages.AGGREGATIONS, advantages.UNIT_MEAN):
+    weight = advantages.weigh(np.zeros((2, 3), np.float32), np.ones((2, 3), np.int32), np.zeros(2, np.int32), aggregation, 3, 2)
     assert np.all(np.asarray(weight) == 0)
 
 
@@ -55,13 +55,38 @@ def test_weigh_refuses_unknown():
     advantages.weigh(np.ones((2, 3), np.float32), np.ones((2, 3), np.int32), np.zeros(2, np.int32), 'tokenmean', 3)
 
 
-@pytest.mark.parametrize('aggregation', advantages.AGGREGATIONS)
+@pytest.mark.parametrize('aggregation', (*advantages.AGGREGATIONS, advantages.UNIT_MEAN))
 def test_weight_of_a_token_ignores_padding(aggregation):
   """Failure: more padding columns change the objective."""
   mask, segment, source = ragged()
   pad = ((0, 0), (0, 5))
   wide = advantages.weigh(np.pad(mask, pad), np.pad(segment, pad), source, aggregation, 7)
   np.testing.assert_allclose(np.asarray(wide)[:, :10], advantages.weigh(mask, segment, source, aggregation, 7), rtol=1e-6)
+
+
+def test_weights_of_units():
+  """Failure: `unit_mean` is not the mean over the units of a source that have a masked token, a unit's weights depend on its length or on
+  the micro-batch it is in, or a unit without one counts."""
+  rng, N, T, K = np.random.default_rng(3), 8, 10, 2
+  mask = (rng.random((N, T)) < 0.5).astype(np.float32)
+  mask[:, 1] = 1
+  mask[2:4] = 0  # a unit that is dropped
+  mask[4], mask[5, 2:] = 0, 0  # a row that only fills its unit up; a short one
+  source, segment = np.repeat(np.array([ROLLOUT, ROLLOUT, ROLLOUT, DATA], np.int32), K), np.ones((N, T), np.int32)
+  weight = np.asarray(advantages.weigh(mask, segment, source, 'unit_mean', 7, K), np.float64)
+  units = weight.reshape(N // K, -1).sum(axis=1)
+  np.testing.assert_allclose(units, [1 / 2, 0, 1 / 2, 1], rtol=1e-6)
+  assert np.all((weight > 0) == (mask > 0))
+  for u in (0, 2, 3):  # within a unit every masked token weighs the same
+    inside = weight[u * K : (u + 1) * K][mask[u * K : (u + 1) * K] > 0]
+    np.testing.assert_allclose(inside, inside[0])
+  # Units are dealt to two micro-batches after they are weighed: their losses add up to the mean of each source.
+  loss = rng.normal(size=N // K)
+  split = [sum(units[u] * loss[u] for u in part) for part in ((0, 2), (1, 3))]
+  assert sum(split) == pytest.approx(loss[[0, 2]].mean() + loss[3], rel=1e-6)
+  # A unit of one row is a sequence.
+  alone = advantages.weigh(mask, segment, source, 'unit_mean', 7)
+  np.testing.assert_allclose(alone, advantages.weigh(mask, segment, source, 'sequence_mean', 7), rtol=1e-6)
 
 
 def test_combine_rewards():
@@ -191,3 +216,65 @@ def test_whitening_equal_values_is_exactly_zero(value):
   mask[:, 2] = 0
   assert np.all(np.asarray(advantages.whiten(np.full((7, 3), value, np.float32), mask)) == 0)
   assert np.all(np.asarray(advantages.whiten(np.full((7, 3), value, np.float32), 0 * mask)) == 0)
+
+
+def test_whiten_without_centring():
+  """Failure: rewards of tokens are shifted, so that length pays; equal ones are blown up; what is outside the mask counts."""
+  rng = np.random.default_rng(0)
+  x, mask = rng.normal(3, 2, (4, 6)).astype(np.float32), (rng.random((4, 6)) < 0.6).astype(np.float32)
+  x[mask == 0] = 1e6
+  got = np.asarray(advantages.whiten(x, mask, centre=False))
+  np.testing.assert_allclose(got[mask > 0], x[mask > 0] / (x[mask > 0].std() + 1e-4), rtol=1e-5)
+  assert np.all(got[mask == 0] == 0)
+  np.testing.assert_array_equal(advantages.whiten(np.full((4, 6), 0.7, np.float32), mask, centre=False), np.float32(0.7) * mask)
+
+
+def slow_gae(reward, value, mask, gamma, lam):
+  """1506.02438 eq. 16 as the sum that it is: A_t = sum over l of (gamma lam)^l delta_{t+l}, over the masked tokens alone."""
+  out = np.zeros(mask.shape)
+  for n in range(len(mask)):
+    places = np.flatnonzero(mask[n])
+    values = [*value[n, places], 0.0]
+    delta = [reward[n, t] + gamma * values[i + 1] - values[i] for i, t in enumerate(places)]
+    for i, t in enumerate(places):
+      out[n, t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(places)))
+  return out
+
+
+def test_gae():
+  """Failure: an advantage is not the discounted sum of the errors that follow it; a token that was injected is a step, the end of a
+  completion is bootstrapped, or padding, its side or what it holds matters."""
+  mask, segment, _ = ragged(seed=2)
+  rng = np.random.default_rng(3)
+  reward, value = rng.normal(0, 1, (2, 8, 10)).astype(np.float32)
+  holes = (segment > 0) & (mask == 0)
+  assert np.any(holes[:, :-1] & (mask[:, 1:] > 0))  # a hole inside a completion
+  for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (0.9, 1.0), (1.0, 0.0)):
+    got = np.asarray(advantages.gae(reward, value, mask, gamma, lam))
+    np.testing.assert_allclose(got, slow_gae(reward, value, mask, gamma, lam), rtol=1e-4, atol=1e-5)
+    junk_r, junk_v = np.where(mask > 0, reward, np.inf), np.where(mask > 0, value, -1e30)
+    np.testing.assert_array_equal(advantages.gae(junk_r, junk_v, mask, gamma, lam), got)
+    shifted = advantages.gae(*(np.roll(x, 4, axis=1) * (np.arange(10) >= 4) for x in (reward, value, mask)), gamma, lam)
+    kept = mask * (np.arange(10) < 6)  # as much of the row as is left after the shift
+    np.testing.assert_allclose(shifted[:, 4:], advantages.gae(reward, value, kept, gamma, lam)[:, :6], rtol=1e-6)
+  # gamma = lambda = 1: returns are the rewards to come, whatever the critic says.
+  returns = np.asarray(advantages.gae(reward, value, mask, 1.0, 1.0)) + mask * value
+  to_come = np.cumsum((mask * reward)[:, ::-1], axis=1)[:, ::-1]
+  np.testing.assert_allclose(returns, mask * to_come, rtol=1e-4, atol=1e-5)
+
+
+def test_running_moments():
+  """Failure: mean and deviation of the scores so far are not those of all of them at once, an absent one counts, or equal ones leave a
+  residue."""
+  rng, state, seen = np.random.default_rng(0), (np.float32(0),) * 3, []
+  for _ in range(4):
+    x, has = rng.normal(5, 2, 6).astype(np.float32), (rng.random(6) < 0.7).astype(np.float32)
+    state = advantages.running_moments(*state, np.where(has > 0, x, 1e9), has)
+    seen += x[has > 0].tolist()
+    np.testing.assert_allclose(state, [len(seen), np.mean(seen), np.var(seen) * len(seen)], rtol=1e-5)
+  unmoved = advantages.running_moments(*state, np.full(6, 3, np.float32), np.zeros(6, np.float32))
+  np.testing.assert_array_equal(unmoved, state)
+  state = (np.float32(0),) * 3
+  for _ in range(3):
+    state = advantages.running_moments(*state, np.full(6, 0.7, np.float32), np.ones(6, np.float32))
+  np.testing.assert_array_equal(state, [18, np.float32(0.7), 0])

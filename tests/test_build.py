@@ -1,5 +1,6 @@
 """From config to programs: every key acts or is refused, every size divides or is named."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.presets import PRESETS
-from rl_reasoning.structs import Batch, Mean, Rollout
+from rl_reasoning.structs import Batch, Rollout
 from tests.test_tokenizer import make_folder
 
 SHARED = {
@@ -55,6 +56,23 @@ SETTINGS['grpo, mixture'] = {**GRPO, 'data': {
   'mixture': {'a': {'task': 'arithmetic', 'path': '', 'options': {}, 'train_size': 64, 'weight': 1.0}},
 }}  # fmt: skip
 SETTINGS['grpo, mixture']['data']['mixture']['b'] = {'task': 'countdown', 'train_size': 64}
+PAIRS = config.merge(SFT, {
+  'data': {'task': 'reviews', 'options': {'rows': 'rankings'}, 'max_length': 24, 'overlong': 'drop', 'batch_size': 8},
+})  # fmt: skip
+SETTINGS |= {
+  'reward_model': config.merge(PAIRS, {'objective': {'name': 'reward_model'}, 'optim': {'frozen_layers': 1}}),
+  'ppo': config.merge(GRPO, {'objective': {'name': 'ppo'}}),
+  'ppo, of another kind': config.merge(
+    GRPO,
+    {
+      'objective': {'name': 'ppo', 'num_iterations': 2, 'kl_controller': 'adaptive', 'ptx_coef': 1.0},
+      'data': {'max_length': 64, 'pretrain': {'task': 'arithmetic', 'path': '', 'options': {}, 'train_size': 64}},
+    },
+  ),
+  'dpo': config.override(PAIRS, 'objective', {'name': 'dpo'}),
+  **{name: config.override(PAIRS, 'objective', {'name': name}) for name in ('simpo', 'orpo', 'cpl')},
+  'online_dpo': config.override(config.override(GRPO, 'objective', {'name': 'online_dpo'}), 'data.batch_size', 8),
+}
 
 
 def crash(prompts, completions, *, answer, bonus: float = 0.0, **columns):
@@ -87,6 +105,9 @@ OTHER = {
   'model.arch.vocab_size': 272, 'model.arch.hidden_size': 32, 'model.arch.intermediate_size': 64, 'model.arch.num_hidden_layers': 1,
   'model.arch.num_attention_heads': 8, 'model.arch.num_key_value_heads': 2, 'model.arch.head_dim': 8, 'model.arch.rope_theta': 500.0,
   'model.arch.rms_norm_eps': 1e-3, 'model.arch.tie_word_embeddings': False, 'model.arch.qkv_bias': True, 'model.arch.qk_norm': True,
+  'optim.frozen_layers': 1, 'optim.cache_features': True, 'data.overlong': 'truncate_prompt',
+  'data.pretrain': {'task': 'countdown', 'train_size': 32}, 'data.pretrain.task': 'linear', 'data.pretrain.train_size': 32,
+  'data.pretrain.options': {'operands': 2}, 'roles.critic.learning_rate': 1e-3,
   'roles.policy.template': 'Q: {prompt}', 'roles.ref.template': 'Q: {prompt}', 'roles.ref.tokenizer': 'bytes',
   'data.task': 'countdown', 'data.options': {'operands': 2}, 'data.train_size': 32, 'data.batch_size': 24,
   'data.mixture.a.task': 'linear', 'data.mixture.a.train_size': 48, 'data.mixture.a.weight': 9.0, 'data.mixture.a.options': {'operands': 2},
@@ -111,6 +132,14 @@ OTHER = {
   'objective.tis_cap': 2.0, 'objective.advantage_estimator': 'leave_one_out', 'objective.reinforce_pp_baseline': True,
   'objective.multi_objective_aggregation': 'normalize_then_sum', 'objective.kl_in': 'reward', 'objective.kl_importance_weighted': True,
   'objective.entropy_coef': 0.01, 'objective.entropy_target': 1.0, 'objective.entropy_coef_step': 0.002,
+  'objective.ranking_size': 3, 'objective.center_rewards_coefficient': 0.01, 'objective.cliprange': 0.1,
+  'objective.critic': 'shared', 'objective.cliprange_value': 0.1, 'objective.vf_coef': 0.5, 'objective.gamma': 0.9, 'objective.lam': 0.5,
+  'objective.kl_coef': 0.2, 'objective.kl_controller': 'adaptive', 'objective.kl_target': 1.0, 'objective.kl_horizon': 100,
+  'objective.score_normalization': 'running', 'objective.score_clip': 0.5, 'objective.missing_eos_penalty': 1.0,
+  'objective.whiten_rewards': True, 'objective.ptx_coef': 0.5, 'objective.ptx_rows': 2, 'objective.average_log_prob': True,
+  'objective.label_smoothing': 0.1, 'objective.rpo_alpha': 0.5, 'objective.simpo_gamma': 0.3, 'objective.orpo_lambda': 0.3,
+  'objective.cpl_alpha': 0.2, 'objective.cpl_gamma': 0.9, 'objective.cpl_lambda': 0.4, 'objective.kto_desirable': 2.0,
+  'objective.kto_undesirable': 2.0, 'objective.loss_type': 'hinge',
   'objective.entropy_coef_max': 0.04, 'objective.dynamic_sampling': True, 'objective.max_refills': 1, 'objective.overlong_buffer': 4,
 }  # fmt: skip
 # Keys that name a source or a limit: another value shows in what is refused.
@@ -118,6 +147,17 @@ REFUSED = {
   'roles.policy.init': ('/no/such', "config key 'roles.policy.init': '/no/such' does not exist"),
   'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
   'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
+  'roles.critic.init': ('/no/such', "config key 'roles.critic.init': '/no/such' does not exist"),
+  'roles.reward': ({'a': {'init': '/no/such'}}, "config key 'roles.reward.a': rewards.functions does not name it"),
+  'rewards.combinations': ({'d': {'rule': 'mean', 'of': ('b', 'c')}}, "'b' is none of roles.reward"),
+  'data.options.rows': ('prompts', 'a row of rankings has no column responses, ranks'),
+  'objective.ptx_coef': (0.5, "config key 'data.pretrain' is empty"),
+  **{
+    (name, 'objective.num_generations'): (2, "'data.max_length': no row comes from data")
+    for name in ('dpo', 'simpo', 'orpo', 'cpl')
+  },
+  'eval.evaluators.e.kl_to': ('/no/such', "'/no/such' does not exist"),
+  'data.pretrain.path': ('/no/such', "config key 'data.pretrain.path' cannot act"),
   'data.path': ('/no/such', "config key 'data.path' cannot act: data.task 'arithmetic' reads no file"),
   'eval.evaluators.e.path': ('/no/such', "config key 'data.path' cannot act: data.task 'arithmetic' reads no file"),
   'data.mixture': ({'a': {'task': 'linear', 'train_size': 32}}, "'data.train_size': data.mixture names the tasks"),
@@ -135,11 +175,14 @@ REFUSED = {
 # They change when something is done or where it is kept, not what a step computes.
 BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_dir', 'eval.every', 'eval.at_start'}
 
-# It acts from the second step on: tests/test_data.py.
-ELSEWHERE = {'data.curriculum_floor', 'data.mixture.b.task', 'data.mixture.b.train_size'}
+# They act from the second step on: tests/test_data.py, and test_features_are_remembered.
+ELSEWHERE = {'data.curriculum_floor', 'data.mixture.b.task', 'data.mixture.b.train_size', 'optim.cache_features'}
 
-# They stand in the program; that they decide nothing is test_what_stands_by.
-STANDS_BY = {'objective.epsilon', 'objective.epsilon_high', 'objective.delta', 'objective.importance_sampling_level'}
+# They stand in the program; that they decide nothing is test_what_stands_by and tests/test_ppo.py. The last ones are made wherever they are set.
+STANDS_BY = {
+  'objective.epsilon', 'objective.epsilon_high', 'objective.delta', 'objective.importance_sampling_level', 'objective.cliprange',
+  'objective.cliprange_value', 'data.pretrain', 'roles.reward', 'rewards.combinations', 'optim.cache_features',
+}  # fmt: skip
 # Where they cannot act, the objective itself refuses every other value.
 ONE_VALUE = {'objective.multi_objective_aggregation'}
 
@@ -195,8 +238,11 @@ def observe(running):
       yield str(jax.make_jaxpr(steps.score)(state, got.batch))
       scored = jax.eval_shape(steps.score, state, got.batch)
       yield jax.jit(steps.prepare).lower(state, scored).as_text()  # constants in full
-      yield str(jax.make_jaxpr(steps.update)(state, jax.eval_shape(steps.prepare, state, scored)[0]))
-      yield str(jax.make_jaxpr(run.objective.adapt)(state.aux, {'entropy': Mean(1.0, 1.0)}))
+      prepared, _, told = jax.eval_shape(steps.prepare, state, scored)
+      some = next(iter(steps.minibatches(prepared, jax.random.key(0)))) if run.objective.num_minibatches == 1 else prepared
+      yield str(jax.make_jaxpr(steps.update)(state, some))
+      told |= jax.eval_shape(steps.update, state, some)[1]
+      yield str(jax.make_jaxpr(run.objective.adapt)(state.aux, told))
       if run.config.eval.every:
         calls.clear()
         yield str(evaluators.evaluate_all(run, state.params['policy'], evaluators.test_problems(run)))
@@ -217,21 +263,28 @@ def whole(observe):
   return texts
 
 
+def own(key: str) -> bool:
+  return key.startswith('objective.')
+
+
 def live() -> list[tuple[str, str]]:
-  """(name, key) of what must act; a key is tried in the first of SETTINGS in which it can, and once more under the other objective."""
-  pairs, tried = [], {'sft': set(), 'grpo': set()}
+  """(name, key) of what must act; a key is tried in the first of SETTINGS in which it can, once more in the first of rollouts, and those of
+  the objective under each of them."""
+  pairs, tried = [], collections.defaultdict(set)
   for name in SETTINGS:
     values, dead = keys(name)
-    fresh = values.keys() - dead - BOOKKEEPING - ELSEWHERE - tried[name.split(',')[0]]
+    kind = name.split(',')[0]
+    before = tried[kind] if kind in ('sft', 'grpo') else {*tried[kind], *(k for k in set().union(*tried.values()) if not own(k))}
+    fresh = values.keys() - dead - BOOKKEEPING - ELSEWHERE - before
     pairs += [(name, key) for key in sorted(fresh)]
-    tried[name.split(',')[0]] |= fresh
+    tried[kind] |= fresh
   return pairs
 
 
 @pytest.mark.parametrize('name, key', live())
 def test_every_key_acts(name, key, observe, whole):
   """Failure: a knob that moves nothing, and is not refused either. A new key needs another value in OTHER or REFUSED."""
-  value, wanted = REFUSED.get(key, (OTHER.get(key), ''))
+  value, wanted = REFUSED.get((name, key), REFUSED.get(key, (OTHER.get(key), '')))
   assert value is not None and value != keys(name)[0][key]
   changed = config.override(SETTINGS[name], key, value)
   old = whole(name)
@@ -284,6 +337,35 @@ def test_what_stands_by():
   assert np.any(gradient(1, **cispo, cispo_cap=0.5) != gradient(1))
 
 
+def test_features_are_remembered(running):
+  """Failure: frozen layers learn, what is remembered of them is not what they give (a row's padding, its order, another row's), or they are
+  run again for a row that was there."""
+  settings = config.merge(PAIRS, {
+    'objective': {'name': 'reward_model'}, 'optim': {'frozen_layers': 1, 'cache_features': True, 'options': {'weight_decay': 0.1}},
+  })  # fmt: skip
+  with running(settings, set()) as (run, _), jax.set_mesh(run.mesh):
+    state, calls = run.init(), []
+    before = jax.device_get(state.params['policy'])
+    of = run.features.of
+    run = run._replace(features=run.features._replace(of=lambda *given: calls.append(1) or of(*given)))
+    batch = first_rows(run, state).batch
+    assert calls and batch.extras['features'].shape == (*batch.tokens.shape, 64)
+    count = len(calls)
+    again = first_rows(run, state).batch
+    assert len(calls) == count
+    plain = again.replace(extras={k: v for k, v in again.extras.items() if k != 'features'})
+    ready = [run.steps.prepare(state, b)[0] for b in (again, plain)]
+    losses = [run.steps.update(jax.tree.map(jnp.copy, state), b)[1]['loss'].total for b in ready]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    after = jax.device_get(run.steps.update(state, ready[0])[0].params['policy'])
+  for name, moved in (('embed', False), ('score', True)):
+    assert np.any(after[name] != before[name]) == moved, name
+  for name, x in after['layers'].items():
+    assert np.array_equal(x[0], before['layers'][name][0]) and (
+      np.any(x[1] != before['layers'][name][1]) or name.endswith('norm')
+    )
+
+
 @pytest.mark.parametrize(
   'settings, key, why',
   [
@@ -327,7 +409,7 @@ def test_truncation_is_refused_in_training():
 @pytest.mark.parametrize(
   'objective, wanted',
   [
-    ({'name': 'grppo'}, "config key 'objective.name': 'grppo' is none of sft, grpo"),
+    ({'name': 'grppo'}, "config key 'objective.name': 'grppo' is none of sft, reward_model"),
     ({'name': {'x': 1}}, "config key 'objective.name'"),
     ({'name': 'grpo', 'num_generation': 4}, "did you mean 'objective.num_generations'?"),
     ({'name': 'grpo', 'given': 1}, "config key 'objective.given' is unknown"),

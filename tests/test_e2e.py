@@ -42,6 +42,7 @@ def everything(workdir) -> dict:
     'step': step,
     'position': position,  # holds a fingerprint of every array's bits
     'params': jax.tree.map(np.asarray, checkpoint.restore_params(str(workdir), 'policy')),
+    'aux': checkpoint.restore_aux(str(workdir)),
     'metrics': logged(workdir),
     'completions': {f.name: f.read_text() for f in sorted((workdir / 'completions').iterdir())},
     'evaluations': metrics.read_jsonl(workdir / 'eval.jsonl'),
@@ -49,7 +50,8 @@ def everything(workdir) -> dict:
 
 
 def assert_same(a: dict, b: dict) -> None:
-  jax.tree.map(np.testing.assert_array_equal, a.pop('params'), b.pop('params'))
+  for part in ('params', 'aux'):
+    jax.tree.map(np.testing.assert_array_equal, a.pop(part), b.pop(part))
   assert a == b
 
 
@@ -70,6 +72,12 @@ RESUMED = {
     'objective__num_minibatches': 2, 'objective__ref_model_ema': 0.9, 'objective__entropy_target': 6.0,
     'objective__entropy_coef': 0.01, 'objective__entropy_coef_step': 0.004, 'data__train_size': 48, 'data__batch_size': 8,
     'objective__num_generations': 4,
+  },
+  # A critic with an optimizer of its own, the controller of the KL, statistics of the scores, and a second stream of data.
+  'ppo': {
+    'objective__num_generations': 2, 'objective__num_minibatches': 2, 'objective__kl_controller': 'adaptive', 'objective__kl_horizon': 64,
+    'objective__kl_target': 0.05, 'objective__score_normalization': 'running', 'objective__ptx_coef': 0.1, 'data__batch_size': 16,
+    'data__max_length': 64, 'data__pretrain': {'task': 'arithmetic', 'train_size': 24}, 'data__train_size': 48,
   },
 }  # fmt: skip
 
@@ -96,6 +104,9 @@ def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   if objective == 'reinforce_pp':  # else there was nothing to resume
     entries = logged(tmp_path / 'whole')
     assert len({entry['entropy_coef'] for entry in entries}) == len(entries) == 8 and entries[-1]['kl'] > 0
+  if objective == 'ppo':
+    entries = logged(tmp_path / 'whole')
+    assert len({entry['objective/kl_coef'] for entry in entries}) == 8 and entries[-1]['grad_norm/critic'] > 0
 
 
 def test_sft_learns(cache, tmp_path):
@@ -166,7 +177,12 @@ def test_pipeline_skips_finished_stages(cache, tmp_path, monkeypatch):
   assert result == json.loads((tmp_path / workdir / 'summary.json').read_text())
   assert set(result) == {'base', 'rl', 'final'} and 0 <= result['final']['accuracy'] <= 1
   first = metrics.read_jsonl(tmp_path / workdir / 'rl' / 'eval.jsonl')[0]['evaluators']
-  assert first == result['base']['evaluators']  # before its first step the second stage is the first stage's end
+  # Before its first step the second stage is the first stage's end, judged by its own reward functions.
+  last, begun = (
+    {k: v for k, v in e['greedy'].items() if not k.startswith(('rewards/', 'difficulty'))}
+    for e in (result['base']['evaluators'], first)
+  )
+  assert begun == last
   monkeypatch.setattr(train, 'collect', None)  # training would crash
   assert pipeline.run_pipeline({'base': base, 'rl': rl}, workdir) == result
 

@@ -162,6 +162,7 @@ def test_metrics_mean_what_they_say(monkeypatch):
     'length': np.mean(lengths), 'length_stderr': np.std(lengths, ddof=1) / 2,
     'length_right': np.mean(lengths[:2]), 'length_wrong': np.mean(lengths[2:]),
     'reward': 1.0, 'reward_stderr': math.sqrt(2 / 3 / 4),  # of accuracy and format: 2, 1, 1, 0
+    'rewards/accuracy': 0.5, 'rewards/accuracy_stderr': error, 'rewards/format': 0.5, 'rewards/format_stderr': error,
   })  # fmt: skip
   assert got['accuracy_ci95'] == bootstrap_interval([1, 1, 0, 0]) and got['reward_ci95'] == bootstrap_interval([2, 1, 1, 0])
   keys = ('accuracy', 'format', 'truncated', 'completion', 'reward')

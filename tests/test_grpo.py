@@ -15,7 +15,6 @@ import pytest
 from rl_reasoning import metrics
 from rl_reasoning.advantages import AGGREGATIONS, SCALES, weigh
 from rl_reasoning.config import ConfigError, from_mapping
-from rl_reasoning.model import Net
 from rl_reasoning.objectives import OBJECTIVES
 from rl_reasoning.objectives.grpo import SETTINGS, Given, Grpo
 from rl_reasoning.structs import Batch, Mean, TrainState
@@ -248,7 +247,7 @@ def table_net(params, rows, entropy=False, entropy_gradient=False):
   return params['logp'], spread if entropy else None
 
 
-NETS = {role: Net(None, table_net) for role in ('policy', 'ref')}  # type: ignore[arg-type]
+NETS = {role: SimpleNamespace(logp=table_net) for role in ('policy', 'ref')}
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -329,7 +328,7 @@ def softmax_net(tokens):
     value = jnp.stack([jnp.zeros(len(tokens)), jax.nn.log_softmax(params)[tokens]], axis=1)
     return value, jnp.zeros_like(value) if entropy else None
 
-  return {'policy': Net(None, logp)}  # type: ignore[arg-type]
+  return {'policy': SimpleNamespace(logp=logp)}
 
 
 @pytest.mark.parametrize('updates', [1, 2])
@@ -675,8 +674,8 @@ def bandit_rows(params, key) -> Batch:
 
 def learn(objective, total_steps: int) -> tuple[list[float], dict]:
   """(mean reward of every step, the last step's metrics), by the jitted steps that a run takes."""
-  optimizer, nets = optax.adam(0.1), {role: Net(None, bandit_logp) for role in ('policy', 'ref')}  # type: ignore[arg-type]
-  steps, start = make_steps(objective, nets, optimizer, lambda _: 0.1, 0, C), jnp.zeros((C, V))
+  optimizer, nets = optax.adam(0.1), {role: SimpleNamespace(logp=bandit_logp) for role in ('policy', 'ref')}
+  steps, start = make_steps(objective, nets, {'policy': optimizer}, lambda _: 0.1, 0, C), jnp.zeros((C, V))
   state = TrainState(
     step=0, cursor={}, updates=jnp.int32(0), params={'policy': jnp.zeros((C, V))}, opt={'policy': optimizer.init(start)},
     aux=objective.init_aux(), moving={}, frozen={'ref': start},

@@ -11,11 +11,23 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
   ('structs', 'config', 'environment'),
-  ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'estimates', 'api', 'verify'),
-  ('tasks', 'model', 'data', 'optim'),
+  ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'estimates', 'rank_metrics', 'api', 'verify'),
+  ('tasks', 'model', 'data', 'preferences', 'optim'),
   ('presets', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
-  ('evaluators', 'evaluate', 'inference', 'train', 'generate', 'datagen', 'lm_eval_adapter'),
+  (
+    'evaluators',
+    'ranking_evaluator',
+    'evaluate',
+    'win_rate',
+    'inference',
+    'train',
+    'generate',
+    'datagen',
+    'judge',
+    'verified_pairs',
+    'lm_eval_adapter',
+  ),
   ('pipeline', 'report'),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -39,6 +39,21 @@ def test_clip_stops_the_gradient_on_one_side_only():
   np.testing.assert_allclose(jax.grad(total)(ratio, -jnp.ones(4), 3.0), [0, 1, 1, 0], rtol=1e-6)
 
 
+def test_clipped_value_loss():
+  """Failure: the value's clip frees what it should hold or holds what it should free, says that it acts where it does not, or loses the
+  gradient of a value that is still near the old one."""
+  value = np.array([1.0, 1.1, 2.0, 2.0, 0.0, 0.0, 1.0 + 1e-7, 5.0], np.float32)
+  returns = np.array([3.0, 3.0, 3.0, -3.0, -3.0, 3.0, 3.0, 3.0], np.float32)
+  loss, clipped = losses.clipped_value_loss(value, np.ones(8, np.float32), returns, 0.2)
+  # Beyond 0.2 of the old value 1 only the worse of both counts: what moved towards its return is held at 1.2 or 0.8, what moved away is
+  # not, nor the last one, which overshot its return by more than 1.2 falls short of it.
+  held = np.array([1.0, 1.1, 1.2, 2.0, 0.8, 0.0, 1.0, 5.0])
+  np.testing.assert_allclose(loss, 0.5 * (held - returns) ** 2, rtol=1e-6)
+  np.testing.assert_array_equal(clipped, [0, 0, 1, 0, 1, 0, 0, 0])
+  slope = jax.grad(lambda v: jnp.sum(losses.clipped_value_loss(v, jnp.ones(8), returns, 0.2)[0]))(jnp.asarray(value))
+  np.testing.assert_allclose(slope, np.where(clipped, 0, value - returns), rtol=1e-6)
+
+
 def test_importance_ratio():
   """Failure: GSPO's ratio is over padding, over unmasked tokens or over a packed neighbour, or a token has another's gradient."""
   with jax.enable_x64(True):
@@ -119,3 +134,49 @@ def test_per_sequence():
   segment = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 0, 0]])
   expected = [[3, 3, 28, 28, 28, 32], [1, 2, 12, 12, 48, 48]]
   np.testing.assert_array_equal(losses.per_sequence(x, segment), expected)
+
+
+def test_losses_of_pairs():
+  """Failure: a pair's loss is not its paper's in closed form, or a large margin overflows."""
+  with jax.enable_x64(True):
+    D = np.array([-3.0, -0.2, 0.0, 0.5, 1.0, 2.5])
+
+    def log_sigmoid(x):
+      return -np.log(1 + np.exp(-x))
+
+    np.testing.assert_allclose(losses.dpo(D), -log_sigmoid(D))
+    np.testing.assert_allclose(losses.dpo(D, 0.2), -0.8 * log_sigmoid(D) - 0.2 * log_sigmoid(-D))
+    np.testing.assert_allclose(losses.dpo(D, 0.5), losses.dpo(-D, 0.5))  # labels that say nothing
+    lowest = np.log(4.0)  # sigmoid(D) is 0.8 there
+    np.testing.assert_allclose(jax.grad(lambda x: losses.dpo(x, 0.2))(lowest), 0, atol=1e-15)
+    np.testing.assert_allclose(losses.ipo(D, 0.25), (D / 0.25 - 2.0) ** 2)
+    np.testing.assert_allclose(losses.hinge(D), [4, 1.2, 1, 0.5, 0, 0])
+    w, loser = np.array([-1.0, -2.0, -0.5]), np.array([-1.5, -0.5, -4.0])
+    np.testing.assert_allclose(losses.cpl(w, loser, 0.3), -np.log(np.exp(w) / (np.exp(w) + np.exp(0.3 * loser))))
+    lower = losses.cpl(w - 1, loser - 1, 0.3) - losses.cpl(w, loser, 0.3)
+    assert np.all(lower > 0) and np.allclose(losses.cpl(w - 1, loser - 1, 1.0), losses.cpl(w, loser, 1.0))
+  for loss in (losses.dpo, lambda x: losses.dpo(x, 0.1), lambda x: losses.cpl(x, -x, 0.5)):
+    value, slope = jax.value_and_grad(lambda x, loss=loss: jnp.sum(loss(x)))(jnp.float32([-1e4, 1e4]))
+    assert np.isfinite(value) and np.all(np.isfinite(slope))
+
+
+def test_log_odds():
+  """Failure: ORPO's odds are not p / (1 - p), lose their digits near p = 1, or are infinite there."""
+  p = np.array([1e-6, 0.1, 0.5, 0.9, 0.999])
+  np.testing.assert_allclose(losses.log_odds(np.float32(np.log(p))), np.log(p / (1 - p)), rtol=2e-4, atol=1e-6)
+  value, slope = jax.value_and_grad(losses.log_odds)(jnp.float32(0.0))
+  assert value == pytest.approx(np.log(1e6), rel=1e-4) and slope == 0
+  assert losses.log_odds(jnp.float32(-1e4)) == -1e4
+
+
+def test_kto():
+  """Failure: a desirable completion loses for being likely, z0 has the wrong sign, or a label between 0 and 1 is rounded."""
+  h, z0 = np.array([-2.0, 0.0, 0.7, 3.0]), 0.7
+
+  def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+  good, bad = 1.5 * (1 - sigmoid(0.4 * (h - z0))), 0.5 * (1 - sigmoid(0.4 * (z0 - h)))
+  with jax.enable_x64(True):
+    for label in (0.0, 0.25, 1.0):
+      np.testing.assert_allclose(losses.kto(h, z0, label, 0.4, 1.5, 0.5), label * good + (1 - label) * bad)

@@ -374,6 +374,18 @@ def test_functions_of_trl(where):
   assert got.values_NR[:, 0].tolist() == [1, 0, 0] and got.has_NR[:, 0].tolist() == [True, True, False]
 
 
+def test_known_columns():
+  """Failure: what a reward model said stands in another function's column, its missing verdict counts as 0, or its name is called."""
+  given = {'known': {'helpful': [0.5, None], 'unasked': [9.0, 9.0]}, 'timeout': 0.0}
+  values, has, failed = rewards.score(
+    ('accuracy', 'helpful'), 'none', ['q'] * 2, [RIGHT, RIGHT], [[1], [2]], {'answer': ['5', None]}, **given
+  )
+  assert values.tolist() == [[1, 0.5], [0, 0]] and has.tolist() == [[True, True], [False, False]] and not failed.any()
+  for bad, message in (([1.0], 'returned 1 rewards for 2'), ([1.0, math.nan], 'returned nan')):
+    with pytest.raises(RewardError, match=f"reward 'helpful': {message}"):
+      rewards.score(('helpful',), 'none', ['q'] * 2, ['a', 'b'], [[1], [2]], {}, known={'helpful': bad})
+
+
 @pytest.mark.parametrize(
   'settings, wanted',
   [
@@ -389,12 +401,16 @@ def test_functions_of_trl(where):
      "config key 'rewards.options.tests.test_rewards:weighs.max_completion_length' is unknown"),
     ({'functions': ('overlong',), 'options': {'overlong': {'buffer': 99}}}, 'buffer'),
     ({'functions': ('language',), 'options': {'language': {'language': 'klingon'}}}, 'klingon'),
+    ({'functions': ('helpfull',)}, f"'helpfull' is none of {', '.join(REWARDS)}, helpful, and no 'module:function'"),
+    ({'functions': ('helpful',), 'options': {'helpful': {'k': 2}}},
+     "config key 'rewards.options.helpful': it has no options; its keys are those of roles.reward.helpful"),
+    ({'functions': ('format',), 'combinations': {'format': {}}}, "config key 'rewards.combinations.format': a rule reward has that name"),
   ],
 )  # fmt: skip
 def test_check_rewards(settings, wanted):
   """Failure: a mistake in the rewards section is found in the middle of a run, or does not name its key."""
   with pytest.raises(ConfigError) as caught:
-    rewards.check_rewards(Rewards(**settings), 16)
+    rewards.check_rewards(Rewards(**settings), 16, ['helpful'])
   assert wanted in str(caught.value)
 
 
@@ -403,6 +419,8 @@ def test_check_rewards_accepts():
   rewards.check_rewards(Rewards(), 16)
   names = (*REWARDS, 'tests.test_rewards:weighs')
   rewards.check_rewards(Rewards(names, options={'tests.test_rewards:weighs': {'factor': 3}, 'accuracy': {}}), 16)
+  both = Rewards(('both', 'helpful', 'accuracy'), combinations={'both': {}}, options={'accuracy': {}})
+  rewards.check_rewards(both, 16, ['helpful', 'safe'])
 
 
 def test_one_reward_for_a_mixture_of_tasks():

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from rl_reasoning import build, metrics, model, sharding, train, train_step
-from rl_reasoning.model import Net
 from rl_reasoning.objectives import OBJECTIVES as NAMED
 from rl_reasoning.objectives.grpo import SETTINGS, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
@@ -45,7 +44,7 @@ def logp(params, rows, entropy=False, entropy_gradient=False):
   return model.log_probs(params, ARCH, rows, temperature, entropy=entropy, entropy_gradient=entropy_gradient)
 
 
-NETS = {role: Net(ARCH, logp) for role in ('policy', 'ref')}
+NETS = {role: SimpleNamespace(logp=logp) for role in ('policy', 'ref')}
 
 
 def make_batch(width=T, source=ROLLOUT, seed=0) -> Batch:
@@ -87,7 +86,9 @@ def make_state(optimizer, ref=None, params=PARAMS) -> TrainState:
 
 
 def make_steps(objective, micro_batch=0, optimizer=None, shardings=None):
-  return train_step.make_steps(objective, NETS, optimizer or optax.sgd(1.0), lambda _: 1.0, micro_batch, LIMIT, shardings)
+  return train_step.make_steps(
+    objective, NETS, {'policy': optimizer or optax.sgd(1.0)}, lambda _: 1.0, micro_batch, LIMIT, shardings
+  )
 
 
 def one_update(objective, batch, micro_batch=0, optimizer=None, ref=None):
@@ -321,7 +322,7 @@ def test_several_updates_a_rollout():
 
 def test_learning_rate_counts_updates():
   """Failure: the schedule counts micro-batches or steps."""
-  steps = train_step.make_steps(Sft(), NETS, optax.sgd(1.0), lambda count: 0.1 * (count + 1), 4, LIMIT)
+  steps = train_step.make_steps(Sft(), NETS, {'policy': optax.sgd(1.0)}, lambda count: 0.1 * (count + 1), 4, LIMIT)
   state = make_state(optax.sgd(1.0))
   for expected in (0.1, 0.2):
     state, got = steps.update(state, make_batch(source=DATA))

@@ -59,6 +59,99 @@ def test_logits_are_those_of_transformers(name):
   assert np.abs(logits_of(params, other, golden['tokens']) - golden['logits']).max() > 0.01
 
 
+def trunk_of(params):
+  return {name: params[name] for name in ('embed', 'layers', 'final_norm')}
+
+
+def placed(table, mesh):
+  return jax.tree.map(lambda w: sharding.named(mesh, w.shape, w.axes, w.hf), table, is_leaf=model.is_weight)
+
+
+def test_scores_are_those_of_transformers():
+  """Failure: another network than the published reward model, or its score is read beside the last token."""
+  path, golden = str(FIXTURES / 'classifier'), np.load(FIXTURES / 'classifier' / 'golden.npz')
+  arch, tokens = weights.read_arch(path), golden['tokens']
+  assert weights.source_heads(path) == ('scalar',) and not arch.tie_word_embeddings
+  params = weights.load(path, arch, heads=('scalar',))
+  assert params.keys() == {*trunk_of(params), 'score'}
+  segment, position = (tokens > 0).astype(np.int32), np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  hidden, _ = jax.jit(model.forward, static_argnums=1)(params, arch, tokens, segment, position)
+  found = np.asarray(model.scores(params, hidden, segment))
+  last = segment.sum(axis=1) - 1
+  np.testing.assert_allclose(found[np.arange(4), last], golden['logits'][:, 0], atol=1e-5)
+  assert (np.abs(found[np.arange(3), last[:3] - 1] - golden['logits'][:3, 0]) > 0.01).all()
+
+
+def test_heads_that_the_source_lacks_or_has_too_many():
+  """Failure: a critic cannot start from a language model (or a policy from a reward model), or gets the head of the other kind."""
+  mesh = sharding.make_mesh(8, 1, 1)
+  for name, lm, scalar in (('llama', {'lm_head'}, set()), ('qwen3', set(), set()), ('classifier', set(), {'score'})):
+    path = str(FIXTURES / name)
+    arch = weights.read_arch(path)
+    whole = weights.load(path, arch, heads=weights.source_heads(path))
+    for heads, own in ((('lm',), lm), (('scalar',), scalar), (('lm', 'scalar'), lm | scalar)):
+      table = model.weight_table(arch, tuple(h for h in heads if h in weights.source_heads(path)))
+      params = weights.load(path, arch, placed(table, mesh), heads)
+      assert params.keys() == {*trunk_of(params)} | own
+      assert_same(params, {key: whole[key] for key in params})
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_save_a_classifier_and_load_it(tmp_path, name):
+  """Failure: a reward model comes back from its export with other weights or another zero, or transformers builds another class from it."""
+  from transformers import AutoConfig
+
+  arch = weights.read_arch(str(FIXTURES / name))
+  params = weights.load(str(FIXTURES / name), arch) | {'score': jax.random.normal(jax.random.key(1), (1, arch.hidden_size))}
+  target = str(tmp_path / 'saved')
+  weights.save(params, arch, target, heads=('scalar',), score_shift=-1.25)
+  assert (
+    weights.read_arch(target) == arch and weights.source_heads(target) == ('scalar',) and weights.score_shift(target) == -1.25
+  )
+  assert_same(weights.load(target, arch, heads=('scalar',)), trunk_of(params) | {'score': params['score']})
+  assert set(load_file(f'{target}/model.safetensors')) == {
+    *(set(load_file(FIXTURES / name / 'model.safetensors')) - {'lm_head.weight'}), 'score.weight'}  # fmt: skip
+  config = AutoConfig.from_pretrained(target)
+  assert config.architectures == [{'llama': 'Llama', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}[name] + 'ForSequenceClassification']
+  assert (config.num_labels, config.problem_type, config.pad_token_id) == (1, 'regression', None)
+  with pytest.raises(ConfigError, match='both: transformers has no class with the heads lm, scalar'):
+    weights.save(params, arch, str(tmp_path / 'both'), heads=('lm', 'scalar'))
+  weights.save(params, arch, str(tmp_path / 'lm'))
+  assert_same(read(str(tmp_path / 'lm')), {key: x for key, x in params.items() if key != 'score'})
+  assert weights.score_shift(str(tmp_path / 'lm')) == 0
+
+
+def test_a_classifier_pads_with_a_token_of_its_own(tmp_path, llama):
+  """Failure: transformers takes the end token for padding and reads the score one token too early, or its tokenizer pads with another
+  token than the model looks for."""
+  from transformers import AutoTokenizer
+
+  path = write_gguf(tmp_path / 'tiny.gguf', llama)
+  arch = weights.read_arch(path)
+  params = read(path) | {'score': np.zeros((1, arch.hidden_size), np.float32)}
+  source = tmp_path / 'tokenizer'
+  load_gguf_tokenizer(path).save_pretrained(source)
+  file = source / 'tokenizer_config.json'
+  settings = json.loads(file.read_text())
+
+  def exported(tokenizer, name):
+    weights.save(params, arch, str(tmp_path / name), str(tokenizer), ('scalar',))
+    return json.loads((tmp_path / name / 'config.json').read_text())['pad_token_id'], AutoTokenizer.from_pretrained(
+      tmp_path / name
+    )
+
+  pad, new = exported(path, 'of_gguf')
+  assert pad == new.pad_token_id == 1  # the tokenizer's own
+  for n, bad in enumerate(({'pad_token': '<|end|>'}, {'pad_token': None})):
+    file.write_text(json.dumps({**settings, **bad}))
+    pad, new = exported(source, f'spare{n}')
+    assert pad == new.pad_token_id == 1 and new.pad_token == '<|user|>' and new.eos_token_id == 0
+    assert new.encode('<|user|>he<|end|>') == load_gguf_tokenizer(path).encode('<|user|>he<|end|>')
+  file.write_text(json.dumps({**settings, 'pad_token': '<|end|>'}))
+  (source / 'generation_config.json').write_text('{"eos_token_id": [0, 1]}')
+  assert exported(source, 'none')[0] is None  # all special tokens end a text: better no padding than a wrong one
+
+
 def test_arch_of_fixtures():
   llama, qwen2, qwen3 = (weights.read_arch(str(FIXTURES / name)) for name in NAMES)
   assert llama == model.Arch(64, 32, 48, 2, 4, 2, 8, rope_theta=500.0, rms_norm_eps=1e-5, tie_word_embeddings=False)
@@ -120,7 +213,7 @@ def test_failed_save_leaves_nothing(tmp_path):
 def test_onto_a_mesh_and_back(tmp_path, name):
   arch, path = weights.read_arch(str(FIXTURES / name)), str(FIXTURES / name)
   mesh = sharding.make_mesh(1, 4, 2)
-  places = jax.tree.map(lambda w: sharding.named(mesh, w.shape, w.axes, w.hf), model.weight_table(arch), is_leaf=model.is_weight)
+  places = placed(model.weight_table(arch), mesh)
   params = weights.load(path, arch, places)
   assert jax.tree.map(lambda x: x.sharding, params) == places
   assert params['layers']['q'].addressable_shards[0].data.shape == (2, 32 // 4, 4 // 2, arch.head_dim)
@@ -163,6 +256,9 @@ def plus(name, value):
   ('llama', plus(Q, lambda t: np.zeros((32, 32), np.int8)), rf'safetensors: tensor {Q}: dtype I8'),
   ('qwen2', plus('model.layers.0.self_attn.k_proj.bias', lambda t: np.zeros((16, 1), np.float32)), r'k_proj\.bias has shape \(16, 1\)'),
   ('qwen3', plus('lm_head.weight', lambda t: t['model.embed_tokens.weight'] + 1), r'safetensors: tensor lm_head\.weight differs'),
+  ('qwen3', plus('score.weight', lambda t: np.zeros((1, 32), np.float32)), r'safetensors: 1 tensors that no weight reads: score\.weight'),
+  ('classifier', without('score.weight'), 'classifier: 1 weights are missing: score.weight'),
+  ('classifier', plus('score.weight', lambda t: np.zeros((2, 16), np.float32)), r'score\.weight has shape \(2, 16\).*needs \(1, 16\)'),
 ])  # fmt: skip
 def test_wrong_tensors_are_named(tmp_path, name, change, message):
   with pytest.raises(ConfigError, match=message):
@@ -198,6 +294,15 @@ def test_tensors_that_say_nothing_are_ignored(tmp_path):
 def test_config_that_is_not_this_model(tmp_path, config, message):
   with pytest.raises(ConfigError, match=message):
     weights.read_arch(copy(tmp_path, config=config))
+
+
+def test_classifiers_that_are_no_reward_model(tmp_path):
+  """Failure: the first of several labels is taken for a reward, or a shift that is no number stops a run at its first step."""
+  path = copy(tmp_path, 'classifier', {'id2label': {'0': 'good', '1': 'bad'}, 'score_shift': 'x'})
+  with pytest.raises(ConfigError, match=r'classifier/config\.json: a classifier of 2 labels'):
+    weights.source_heads(path)
+  with pytest.raises(ConfigError, match=r"classifier/config\.json: score_shift 'x' is no finite number"):
+    weights.score_shift(path)
 
 
 def test_sliding_window_that_is_not_in_use(tmp_path):

@@ -2,8 +2,11 @@
 
 What the other modules ask of it:
   trainable, frozen, moving   roles with gradients / only read / read and synchronised
-  rows_together               rows that no split may separate
+  heads                       role -> its heads, see model.HEADS
+  reads                       how rows of data become a Batch, see collect.encode; '' where there are none
   sources                     rows per prompt from 'rollout' and from 'data'
+  update_rows                 rows per prompt that prepare leaves
+  rows_together               of these, rows that no split may separate
   num_iterations, num_minibatches   passes over a step's rows, and updates a pass
   aggregation                 how token losses are weighed, see advantages.weigh
   init_aux() -> aux
@@ -17,7 +20,16 @@ What the other modules ask of it:
 
 import functools
 
-from rl_reasoning.objectives.grpo import SETTINGS, Grpo
+from rl_reasoning.objectives import grpo, preference, reward_model
+from rl_reasoning.objectives.grpo import Grpo
+from rl_reasoning.objectives.ppo import Ppo
+from rl_reasoning.objectives.preference import Preference
 from rl_reasoning.objectives.sft import Sft
 
-OBJECTIVES = {'sft': Sft, **{name: functools.partial(Grpo, **settings) for name, settings in SETTINGS.items()}}
+OBJECTIVES = {
+  'sft': Sft,
+  **reward_model.SETTINGS,
+  'ppo': Ppo,
+  **{name: functools.partial(Grpo, **settings) for name, settings in grpo.SETTINGS.items()},
+  **{name: functools.partial(Preference, **settings) for name, settings in preference.SETTINGS.items()},
+}

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
-from rl_reasoning.structs import Batch, Max, Mean, Min, Sum
+from rl_reasoning.objectives.rollout_metrics import rollout_metrics
+from rl_reasoning.structs import Batch, Max, Mean, Sum
 
 SETTINGS: dict[str, dict[str, Any]] = {
   'grpo': {},  # 2402.03300; the paper's KL weight is 0.04
@@ -86,6 +87,8 @@ class Grpo:
   )
 
   trainable: ClassVar = ('policy',)
+  heads: ClassVar = {'policy': ('lm',), 'ref': ('lm',)}
+  reads: ClassVar = ''
   rows_together: ClassVar = 1
 
   def __post_init__(self):
@@ -171,6 +174,10 @@ class Grpo:
   @property
   def sources(self) -> dict[str, int]:
     return {'rollout': self.num_generations}
+
+  @property
+  def update_rows(self) -> int:
+    return self.num_generations
 
   def inert(self) -> dict[str, str]:
     """key -> why it cannot act beside the others."""
@@ -273,7 +280,7 @@ class Grpo:
     G, given = self.num_generations, self.given
     reward, has = advantages.combine_rewards(batch.rewards_NR, batch.has_reward_NR, batch.failed_NR, given.reward_weights, G)
     spread = advantages.group_statistics(reward, has, G)[2]  # of the rewards alone: a penalty makes no group worth learning from
-    metrics = self.metrics(batch, reward, has)  # of completions as sampled, before any filter
+    metrics = rollout_metrics(batch, reward, has, given.reward_names, G)  # of completions as sampled, before any filter
     kept = has
     if self.mask_truncated_completions:
       kept = kept * (1 - batch.truncated_N.astype(jnp.float32))
@@ -306,39 +313,6 @@ class Grpo:
       advantage = values[:, None] * mask
     batch = batch.replace(reward_N=reward, has_reward_N=has, mask_NT=mask, advantage_NT=advantage)
     return batch, aux, metrics
-
-  def metrics(self, batch: Batch, reward, has) -> dict:
-    """Rewards and lengths under TRL's names. Each mean is over what it names; none counts padding."""
-    _, std, spread = advantages.group_statistics(reward, has, self.num_generations)
-    judged = jnp.any(has.reshape(spread.shape[0], -1) > 0, axis=1, keepdims=True).astype(jnp.float32)
-    length = batch.mask_NT.sum(axis=1)
-    cut = batch.truncated_N.astype(jnp.float32)
-    rows = float(length.shape[0])
-    result = {
-      'reward': Mean((reward * has).sum(), has.sum()),
-      'reward_std': Mean((std * judged).sum(), judged.sum()),
-      'frac_reward_zero_std': Mean((judged * ~spread).sum(), judged.sum()),
-      'frac_no_verdict': Mean((1 - has).sum(), rows),
-      'completions/mean_length': Mean(length.sum(), rows),
-      'completions/min_length': Min(length.min()),
-      'completions/max_length': Max(length.max()),
-      'completions/mean_terminated_length': Mean((length * (1 - cut)).sum(), (1 - cut).sum()),
-      'completions/clipped_ratio': Mean(cut.sum(), rows),
-    }
-    applies = jnp.broadcast_to(
-      advantages.applicable(batch.has_reward_NR, batch.failed_NR, self.num_generations),
-      (spread.shape[0], self.num_generations, len(self.given.reward_names)),
-    ).reshape(batch.has_reward_NR.shape)
-    for index, name in enumerate(self.given.reward_names):
-      own, value = batch.has_reward_NR[:, index], batch.rewards_NR[:, index]
-      count = own.sum()
-      mean = (value * own).sum() / jnp.maximum(count, 1)
-      square = (own * (value - mean) ** 2).sum() / jnp.maximum(count - 1, 1)
-      result[f'rewards/{name}/mean'] = Mean(mean * count, count)
-      result[f'rewards/{name}/std'] = Mean(jnp.sqrt(square) * count, count)
-      result[f'rewards/{name}/not_applicable'] = Mean((~applies[:, index]).sum(), rows)
-      result[f'rewards/{name}/no_verdict'] = Mean((applies[:, index] & (own == 0)).sum(), rows)
-    return result
 
   def loss(self, nets, params, frozen, aux, batch: Batch):
     coef = aux['entropy_coef'] if self.adaptive else self.entropy_coef

@@ -20,8 +20,11 @@ class Sft:
   trainable: ClassVar = ('policy',)
   frozen: ClassVar = ()
   moving: ClassVar = ()
-  rows_together: ClassVar = 1
+  heads: ClassVar = {'policy': ('lm',)}
+  reads: ClassVar = 'demonstrations'
   sources: ClassVar = {'data': 1}
+  update_rows: ClassVar = 1
+  rows_together: ClassVar = 1
   num_iterations: ClassVar = 1
   num_minibatches: ClassVar = 1
 

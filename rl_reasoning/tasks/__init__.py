@@ -4,7 +4,8 @@ rows(split, seed, size, path, **options) -> Iterator[dict]   options are the key
 files(path, split) -> list of files it reads                 only where it reads files
 
 Beside prompt, chain_of_thought, completion and answer a row may have answer_kind (number, math, choice, text, set: how the answer is
-compared) and difficulty (an int or a text: by what an evaluation groups).
+compared) and difficulty (an int or a text: by what an evaluation groups). Rows of preferences have prompt and responses, ranks; completion,
+label; or completions, labels (see preference.py). `python -m rl_reasoning.tasks rank` makes rankings by hand.
 """
 
 from rl_reasoning.tasks import (
@@ -14,12 +15,16 @@ from rl_reasoning.tasks import (
   countdown,
   dataset,
   gsm8k,
+  hh_rlhf,
   humaneval,
   knights_knaves,
   linear,
   math,
   mbpp,
   multiple_choice,
+  pandalm,
+  preference,
+  reviews,
   svamp,
   word_problems,
 )
@@ -31,6 +36,7 @@ TASKS = {
   'base_conversion': base_conversion,
   'knights_knaves': knights_knaves,
   'word_problems': word_problems,
+  'reviews': reviews,
   'gsm8k': gsm8k,
   'math': math,
   'aime': aime,
@@ -39,4 +45,7 @@ TASKS = {
   'humaneval': humaneval,
   'mbpp': mbpp,
   'dataset': dataset,
+  'preference': preference,
+  'hh_rlhf': hh_rlhf,
+  'pandalm': pandalm,
 }

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
+import itertools
 import json
+import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rl_reasoning.config import ConfigError, check
-from rl_reasoning.tasks.procedural import is_test
 
 ENDINGS = ('.jsonl', '.json', '.parquet', '.jsonl.gz', '.json.gz')
 
@@ -89,6 +91,12 @@ def identity(row: Mapping) -> str:
   return ' '.join(text.lower().split())
 
 
+def is_held_out(row: Mapping, share: float) -> bool:
+  """Whether a row of a file that holds both splits is of the test split: `share` of the problems, by a hash of what is asked, so that a
+  problem stays where it is when the file grows. A tenth is held out as procedural.is_test does."""
+  return hashlib.sha256(identity(row).encode()).digest()[0] < math.ceil(256 * share)
+
+
 def check_messages(place: str, column: str, messages) -> None:
   good = isinstance(messages, list) and all(
     isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str) for m in messages
@@ -105,37 +113,50 @@ def check_row(place: str, row: Mapping) -> None:
     else:
       check(column not in row or isinstance(value, str), f'{place}: column {column!r} is {type(value).__name__}, not text')
   check(row.get('prompt', True) not in ('', []), f'{place}: the prompt is empty')
-  for column in ('prompts', 'completions', 'completion_ids'):
-    check(
-      column not in row,
-      f'{place}: column {column!r} has the name of what reward functions get; rename it by data.options.columns',
-    )
+  check_names(place, row, ('prompts', 'completions', 'completion_ids'))
   if 'messages' in row:
     check_messages(place, 'messages', row['messages'])
 
 
-def split_rows(
-  split: str, size: int | None, path: str, find: Callable[[str, str], list[pathlib.Path]], convert: Callable[[dict, str], dict]
-) -> Iterator[dict]:
-  """The first `size` rows of the files `find(path, split)`, in their order, each through `convert(row, place)`.
+def check_names(place: str, row: Mapping, reserved: Iterable[str]) -> None:
+  """Raises ConfigError for a further column whose name reward functions know as something else."""
+  for column in reserved:
+    check(
+      column not in row,
+      f'{place}: column {column!r} has the name of what reward functions get; rename it by data.options.columns',
+    )
 
-  Of a path that is a single file one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left
-  out.
+
+def rename(row: Mapping, place: str, columns: Mapping[str, str]) -> dict:
+  """The row with its `columns` {'name in the file': 'our name'} renamed."""
+  for theirs in columns:
+    check(theirs in row, f"config key 'data.options.columns': {place} has no column {theirs!r}")
+  renamed = {columns.get(column, column): value for column, value in row.items()}
+  check(len(renamed) == len(row), f"config key 'data.options.columns': {place} has two columns of one new name")
+  return renamed
+
+
+def split_rows(
+  split: str, size: int | None, path: str, find: Callable[[str, str], list[pathlib.Path]],
+  convert: Callable[[dict, str], dict | None], mixed: Callable[[pathlib.Path], bool] | None = None, share: float = 0.1,
+) -> Iterator[dict]:  # fmt: skip
+  """The first `size` rows of the files `find(path, split)`, in their order, each through `convert(row, place)`, which gives None for a row
+  to leave out.
+
+  Of a file that is `mixed` (default: of a path that is a single file) `share` of the problems, by hash, are the test split. A training row
+  whose prompt is in the test split is left out.
   """
 
   def converted(name: str) -> Iterator[dict]:
-    return (convert(row, place) for file in find(path, name) for place, row in read(file))
+    for file in find(path, name):
+      both = mixed(file) if mixed else is_single(path)
+      for place, found in read(file):
+        row = convert(found, place)
+        if row is not None and (not both or is_held_out(row, share) == (name == 'test')):
+          yield row
 
-  single = is_single(path)
-  held_out = {identity(row) for row in converted('test')} if split == 'train' and not single else set()
-  count = 0
-  for row in converted(split):
-    keep = is_test(identity(row)) == (split == 'test') if single else identity(row) not in held_out
-    if keep:
-      if count == size:
-        return
-      count += 1
-      yield row
+  held_out = {identity(row) for row in converted('test')} if split == 'train' and not is_single(path) else set()
+  yield from itertools.islice((row for row in converted(split) if identity(row) not in held_out), size)
 
 
 def is_single(path: str) -> bool:
@@ -148,13 +169,9 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Ma
 
   Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
   """
-  names = dict(columns or {})
 
   def renamed(found: dict, place: str) -> dict:
-    for theirs in names:
-      check(theirs in found, f"config key 'data.options.columns': {place} has no column {theirs!r}")
-    row = {names.get(column, column): value for column, value in found.items()}
-    check(len(row) == len(found), f"config key 'data.options.columns': {place} has two columns of one new name")
+    row = rename(found, place, columns or {})
     check_row(place, row)
     return row
 

@@ -1,0 +1,34 @@
+"""Reward models from human rankings: SmolLM2-135M on HH-RLHF, helpful and harmless.
+
+Command:  python -m rl_reasoning.train --config=configs/rm_hh.py:subset=helpful,weights=FILE.gguf,data=HH_FOLDER,pandalm=FILE --workdir=runs/rm_helpful
+          python -m rl_reasoning.train --config=configs/rm_hh.py:subset=harmless,weights=FILE.gguf,data=HH_FOLDER,pandalm=FILE --workdir=runs/rm_harmless
+          (subset=judge: a helpful model from other pairs, for win rates)
+"""
+
+SUBSETS = {  # subset, part of its training files, pairs before those that are too long, steps
+  'helpful': ('helpful', 'gt', 0, 150),
+  'harmless': ('harmless', '', 0, 40),
+  'judge': ('helpful', 'w2s', 1000, 25),
+}
+
+
+def get_config(subset: str = 'helpful', weights: str = '', data: str = '', pandalm: str = '', seed: int = 0) -> dict:
+  files, part, pairs, steps = SUBSETS[subset]
+  options = {'subset': files, **({'part': part} if part else {'test_share': 0.3})}
+  transfer = {'kind': 'ranking', 'task': 'pandalm', 'path': pandalm, 'size': 300}
+  return {
+    'seed': seed,
+    'total_steps': steps,
+    'roles': {'policy': {'init': weights, 'template': 'chat'}},
+    'data': {
+      'task': 'hh_rlhf', 'path': data, 'options': options, 'train_size': pairs,
+      'batch_size': 32, 'max_length': 128, 'overlong': 'truncate_prompt',
+    },
+    'objective': {'name': 'reward_model'},
+    'optim': {'learning_rate': 1e-4, 'schedule': 'linear', 'warmup_updates': 10, 'frozen_layers': 26, 'cache_features': True},
+    'eval': {
+      'every': steps, 'at_start': False, 'size': 600, 'batch_size': 8,
+      'evaluators': {'held out': {'kind': 'ranking'}, **({'pandalm': transfer} if pandalm and subset != 'judge' else {})},
+    },
+    'checkpoint': {'every': 25, 'keep': 1},
+  }  # fmt: skip

@@ -1,0 +1,222 @@
+"""Scores of completions by networks: reward models by name, each with a tokenizer and a template of its own, and combinations of them.
+
+A model is shown what it was trained on: the prompt in its template, the completion, and the end token where the completion has ended. Its
+score is read after the last of these tokens (for an outcome model it is the log-odds of a right answer), less its shift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rl_reasoning import model, sharding, tokenizer, weights
+from rl_reasoning.advantages import EPSILON
+from rl_reasoning.config import Combination, ConfigError, Reward, check
+from rl_reasoning.data import pad_rows
+from rl_reasoning.model import Arch
+from rl_reasoning.structs import Array, Batch, PyTree
+from rl_reasoning.tokenizer import Tokenizer, render_prompt, split_completion
+
+# What trains a score of whole completions; that of a process model is one of steps, and its end token was never judged.
+OBJECTIVES = ('reward_model', 'outcome_reward_model')
+HEADS = ('scalar',)
+ROWS, TOKENS = 16, 2**14  # of a micro-batch: that many rows, fewer where they are long
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+  """What is fixed of a reward model; its weights travel beside it."""
+
+  name: str
+  arch: Arch
+  tokenizer: Tokenizer
+  template: str
+  reads: str  # whole | answer
+  shift: float  # subtracted from its scores
+  dtype: str  # compute
+
+  def render(self, prompt: Any) -> str:
+    """A prompt as the data has it (text or chat messages), in the model's own template."""
+    with_key = f'roles.reward.{self.name}.template'
+    try:
+      return render_prompt(prompt, self.template, self.tokenizer)
+    except ConfigError as error:
+      raise ConfigError(str(error).replace('roles.policy.template', with_key)) from None
+
+
+def resolve(name: str, role: Reward, run: Mapping[str, Any] | None) -> Reward:
+  """The role with tokenizer and template filled in. `run` is the config of the run of ours that `init` names, None for a Hugging Face
+  folder. Raises ConfigError for an init that is no reward model."""
+  key = f"config key 'roles.reward.{name}.init'"
+  wanted = f'a reward model is a run of objective {" or ".join(OBJECTIVES)}, or a Hugging Face sequence classifier'
+  if run is None:
+    check(pathlib.Path(role.init).exists(), f'{key}: {role.init!r} does not exist')
+    check(weights.source_heads(role.init) == HEADS, f'{key}: {role.init} is a language model and scores nothing; {wanted}')
+    return dataclasses.replace(role, tokenizer=role.tokenizer or role.init, template=role.template or 'plain')
+  trained = run['objective']['name']
+  check(trained in OBJECTIVES, f'{key}: {role.init} is a run of objective {trained!r}; {wanted}')
+  policy = run['roles']['policy']  # the network that the run trained, whatever it is
+  return dataclasses.replace(role, tokenizer=role.tokenizer or policy['tokenizer'], template=role.template or policy['template'])
+
+
+def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str) -> RewardModel:
+  """Of a resolved role. Raises ConfigError for a tokenizer that is missing, or that has more ids than the model embeddings."""
+  key = f"config key 'roles.reward.{name}.tokenizer'"
+  try:
+    tok = tokenizer.load(role.tokenizer)
+  except Exception as error:  # transformers raises all kinds
+    reason = ' '.join(str(error).split())[:600]
+    raise ConfigError(f'{key}: the reward model has no tokenizer at {role.tokenizer!r}: {reason}') from error
+  fits = tok.vocab_size <= arch.vocab_size
+  check(fits, f'{key}: {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')
+  made = RewardModel(name, arch, tok, role.template, role.reads, shift, dtype)
+  try:
+    made.render('')
+  except ConfigError:
+    raise
+  except Exception as error:  # a chat template that is missing or fails
+    reason = ' '.join(str(error).split())[:600]
+    raise ConfigError(f"config key 'roles.reward.{name}.template': {role.template!r}: {reason}") from error
+  return made
+
+
+def answer_of(text: str) -> str | None:
+  """What R1's helpfulness reward reads (2501.12948, section 2.3.4), the final answer only: what is inside <answer>, or without that tag all
+  that comes after the thinking. None where there is no answer, or no telling which."""
+  inside = split_completion(text).answer
+  if inside is None:
+    before, closed, rest = text.partition('</think>')
+    inside = rest if closed else before
+    if '<answer>' in inside or (not closed and '<think>' in inside):
+      return None
+  return inside.strip() or None
+
+
+def encode(made: RewardModel, prompt: Any, completion: str, ended: bool) -> list[int]:
+  """Token ids of a row; empty: there is nothing to score."""
+  text = completion if made.reads == 'whole' else answer_of(completion)
+  if text is None:
+    return []
+  asked = made.render(prompt)
+  if asked.rstrip().endswith('<think>'):
+    text = text.removeprefix('<think>')  # the template has opened it already
+  return [*made.tokenizer.encode(asked), *made.tokenizer.encode(text), *[made.tokenizer.end_id] * bool(ended)]
+
+
+@functools.partial(jax.jit, static_argnames=('arch', 'dtype'))
+def last_scores(params: PyTree, batch: Batch, arch: Arch, dtype: str) -> Array:
+  """[N]: the score after the last token of each row, 0 for one that is all padding."""
+  scores_NT = model.scores(params, model.hidden_states(params, arch, batch, dtype=dtype), batch.segment_NT)
+  last_N = jnp.maximum(jnp.sum(batch.segment_NT > 0, axis=1) - 1, 0)
+  return jnp.take_along_axis(scores_NT, last_N[:, None], axis=1)[:, 0]
+
+
+def score_texts(
+  made: RewardModel,
+  params: PyTree,
+  prompts: Sequence[Any],
+  completions: Sequence[str],
+  ended: Sequence[bool],
+  mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """(score_N float32, has_N): of rows in any order and number; 0 and False where there is nothing to score.
+
+  `prompts` are those of the data, `completions` whole texts, with the <think> that the policy's prompt has opened
+  (`tokenizer.from_thinking`). Rows go through the network from the longest on, in micro-batches of one size a padded length, so that few
+  programs are compiled; with whom a row shares one changes its score by rounding only.
+  """
+  ids = [encode(made, *row) for row in zip(prompts, completions, ended, strict=True)]
+  order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
+  score_N, has_N = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
+  devices = 1 if mesh is None else sharding.axis_size(mesh, 'rows')
+  while order:
+    size = max(1, min(ROWS, TOKENS // sharding.size_class(len(ids[order[0]]))))
+    size = -(-size // devices) * devices
+    some, order = order[:size], order[size:]
+    batch = pad_rows([(ids[n], [0] * len(ids[n])) for n in some] + [([], [])] * (size - len(some)), np.arange(size))
+    batch = batch if mesh is None else sharding.put_rows(mesh, batch)
+    score_N[some] = np.asarray(last_scores(params, batch, made.arch, made.dtype))[: len(some)]
+    has_N[some] = True
+  return np.where(has_N, score_N - np.float32(made.shift), np.float32(0)), has_N
+
+
+def whiten(x_N: np.ndarray, has_N: np.ndarray) -> np.ndarray:
+  """(x - mean) / (std + 1e-4) over the rows that have one; exactly 0 where they are all equal."""
+  x = x_N[has_N]
+  if not len(x) or x.max() == x.min():
+    return np.zeros_like(x_N)
+  return np.where(has_N, (x_N - x.mean()) / (x.std() + EPSILON), 0.0)
+
+
+def combine(
+  rule: str, score_MN: np.ndarray, has_MN: np.ndarray, safety_N: np.ndarray, k: float = Combination.k,
+  threshold: float = Combination.threshold,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+  """(score_N, has_N) of M members; a row that a member has no score for has none.
+
+  mean, minimum, mean_minus_std: mean - k std of an ensemble (std of the M members as they are, ddof 0; 2310.02743 subtracts the variance).
+  llama2 (2307.09288,
+  section 3.2.3), members (helpful, safe): the safe score where the prompt is marked `safety` or sigmoid(safe) is below the threshold, else
+  the helpful one; what was chosen is whitened over all rows given, which are to be the step's.
+  """
+  score_MN, has_N = np.asarray(score_MN, np.float64), np.all(has_MN, axis=0)
+  if rule == 'llama2':
+    helpful, safe = score_MN
+    unsafe = safe < np.log(threshold / (1 - threshold))  # sigmoid(safe) < threshold, and no overflow
+    return whiten(np.where(np.asarray(safety_N, bool) | unsafe, safe, helpful), has_N), has_N
+  if rule == 'mean':
+    score = score_MN.mean(axis=0)
+  elif rule == 'minimum':
+    score = score_MN.min(axis=0)
+  elif rule == 'mean_minus_std':
+    score = score_MN.mean(axis=0) - k * score_MN.std(axis=0)
+  else:
+    raise ValueError(f'no rule {rule!r}')
+  return np.where(has_N, score, 0.0), has_N
+
+
+def known_rewards(
+  functions: Sequence[str],
+  models: Mapping[str, RewardModel],
+  frozen: Mapping[str, PyTree],
+  combinations: Mapping[str, Combination],
+  prompts: Sequence[Any],
+  completions: Sequence[str],
+  ended: Sequence[bool],
+  columns: Mapping[str, Sequence],
+  mesh: Mesh | None = None,
+) -> dict[str, list[float | None]]:
+  """The columns of those `functions` that are reward models or combinations, for `rewards.score(..., known=...)`.
+
+  `frozen` holds the weights of model NAME under 'reward.NAME'; every model runs once, whoever asks for it. The column `safety` of the data
+  marks prompts for the llama2 rule. Rows as in `score_texts`.
+  """
+  N = len(completions)
+  found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+  def scored(name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name not in found:
+      found[name] = score_texts(models[name], frozen[f'reward.{name}'], prompts, completions, ended, mesh)
+    return found[name]
+
+  known: dict[str, list[float | None]] = {}
+  for name in functions:
+    if name in combinations:
+      c = combinations[name]
+      score_MN, has_MN = map(np.stack, zip(*map(scored, c.of), strict=True))
+      safety_N = np.asarray([bool(mark) for mark in columns.get('safety', [False] * N)])
+      score_N, has_N = combine(c.rule, score_MN, has_MN, safety_N, c.k, c.threshold)
+    elif name in models:
+      score_N, has_N = scored(name)
+    else:
+      continue
+    known[name] = [float(s) if has else None for s, has in zip(score_N, has_N, strict=True)]
+  return known
