@@ -1,8 +1,13 @@
 """Reward models from human rankings: SmolLM2-135M on HH-RLHF, helpful and harmless.
 
-Command:  python -m rl_reasoning.train --config=configs/rm_hh.py:subset=helpful,weights=FILE.gguf,data=HH_FOLDER,pandalm=FILE --workdir=runs/rm_helpful
-          python -m rl_reasoning.train --config=configs/rm_hh.py:subset=harmless,weights=FILE.gguf,data=HH_FOLDER,pandalm=FILE --workdir=runs/rm_harmless
-          (subset=judge: a helpful model from other pairs, for win rates)
+Commands (WEIGHTS: SmolLM2-135M-Instruct; HH: the folder of the rankings; PANDALM: its testset-v1.json)
+  python -m rl_reasoning.train --config=configs/rm_hh.py:subset=helpful,weights=WEIGHTS,data=HH,pandalm=PANDALM --workdir=runs/rm_helpful
+  python -m rl_reasoning.train --config=configs/rm_hh.py:subset=harmless,weights=WEIGHTS,data=HH,pandalm=PANDALM --workdir=runs/rm_harmless
+  (subset=judge: a helpful model from other pairs, for win rates)
+Hardware: 2 CPU cores.
+
+Texts of at most 128 tokens: a prompt loses its beginning, a pair with a longer answer is left out. The first 26 of 30 layers and the
+embedding stay as they are, and what they give of a text is computed once; the last four layers and the head are trained.
 """
 
 SUBSETS = {  # subset, part of its training files, pairs before those that are too long, steps

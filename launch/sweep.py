@@ -41,7 +41,7 @@ from typing import Any
 
 from launch.sweep_entries import Run, Sweep, check_unchanged, finished, read_json, read_sweep, select, write_atomically
 from launch.sweep_report import cores_here, now, report, this_commit, this_hardware
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning.config import ConfigError, check, exit_code
 
 EXIT_CODES = {2: "the user's error", 3: 'diverged', 42: 'saved and preempted', 130: 'interrupted'}
 STOP_S = 60  # what a child gets to save itself
@@ -211,14 +211,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  try:
-    return command(argv)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on', file=sys.stderr)
-    return 130
+  return exit_code(command, argv)
 
 
 def interrupt(*_: Any) -> None:

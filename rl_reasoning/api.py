@@ -32,9 +32,12 @@ import urllib3
 from rl_reasoning.config import ConfigError, check
 
 CONNECT_S = 10.0  # to connect; Endpoint.timeout is for the reply
+LONGEST_TIMEOUT = 86400.0  # sockets take no infinity
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600.0  # an endpoint that asks for a longer pause (Retry-After) ends the call
 MOST_FAILURES = 20  # in a row: then the fault is not with single requests
+# What JSON of another shape than the expected one raises (the last one: int(1e999)).
+GARBLED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 TEMPLATE_TOKENS = 256  # what a server's chat template may add to a prompt, in a budget's upper bound
 
 
@@ -122,12 +125,20 @@ class Budget:
     """What one POST can cost at most. Raises ConfigError where a limit needs it and the options leave it open."""
     options = request.options
     longest = options.get('max_completion_tokens') or options.get('max_tokens') or 0
+    choices = options.get('n') or 1
+    for name, value in (('max_tokens', longest), ('n', choices)):
+      check(isinstance(value, int) and value >= 0, f'the option {name} is {value!r}, no whole number')
     check(
       longest > 0 or not (self.tokens or self.cost),
       'a budget of tokens or cost needs max_tokens or max_completion_tokens in the options of every request',
     )
     text = json.dumps(list(request.messages), ensure_ascii=False).encode(errors='surrogatepass')
-    return Usage(1, len(text) + TEMPLATE_TOKENS, longest * (options.get('n') or 1))
+    return Usage(1, len(text) + TEMPLATE_TOKENS, longest * choices)
+
+
+def outcome_of(line: dict[str, Any]) -> Answer | Failure:
+  """What a line of the file of answers holds. Raises KeyError, TypeError."""
+  return Answer(*map(tuple, line['answer'])) if 'answer' in line else Failure(*line['failure'])
 
 
 class Cache:
@@ -165,10 +176,11 @@ class Cache:
           return
         try:
           found = json.loads(line)
-          key, used = found['key'], Usage(*found['used'])
-        except (ValueError, KeyError, TypeError) as error:
+          outcome_of(found)
+          self.places[str(found['key'])] = (self.end, len(line))
+          self.used = self.used.plus(Usage(*map(int, found['used'])))
+        except GARBLED as error:
           raise ConfigError(f'{self.path}:{number}: no line of a file of answers: {type(error).__name__}: {error}') from None
-        self.places[key], self.used = (self.end, len(line)), self.used.plus(used)
         self.end += len(line)
 
   def get(self, key: str) -> Answer | Failure | None:
@@ -176,8 +188,7 @@ class Cache:
       place = self.places.get(key)
     if place is None:
       return None
-    found = json.loads(os.pread(self.file, place[1], place[0]))
-    return Answer(*map(tuple, found['answer'])) if 'answer' in found else Failure(*found['failure'])
+    return outcome_of(json.loads(os.pread(self.file, place[1], place[0])))
 
   def put(self, key: str, outcome: Answer | Failure, used: Usage) -> None:
     kind = 'answer' if isinstance(outcome, Answer) else 'failure'
@@ -199,13 +210,15 @@ class Cache:
 
 def checked_url(base_url: str) -> str:
   """The address of chat completions. Raises ConfigError."""
+  # The URL is printed and recorded: no password may be in it.
+  host = ''.join(base_url.split('/')[2:3])
+  check('@' not in host, 'the base URL holds a user name or password: name a variable that holds the key instead')
   try:
     parts = urllib.parse.urlsplit(base_url)
-  except ValueError:
-    parts = urllib.parse.urlsplit('')
-  good = parts.scheme in ('http', 'https') and bool(parts.hostname) and not parts.query and not parts.fragment
-  # The URL is printed and recorded: no password may be in it.
-  check('@' not in parts.netloc, 'the base URL holds a user name or password: name a variable that holds the key instead')
+    requests.Request('POST', base_url).prepare()
+    good = parts.scheme in ('http', 'https') and not parts.query and not parts.fragment
+  except ValueError:  # of requests too: a host or a port that cannot be
+    good = False
   check(good, f'base URL {base_url!r}: write it like http://localhost:8000/v1')
   return base_url.rstrip('/') + '/chat/completions'
 
@@ -245,7 +258,7 @@ def told(text: str) -> str:
 
 
 def read_reply(body: bytes) -> tuple[Answer, tuple[int, int] | None]:
-  """(answer, (prompt tokens, completion tokens) or None) of a body. Raises ValueError, KeyError, TypeError, AttributeError."""
+  """(answer, (prompt tokens, completion tokens) or None) of a body. Raises GARBLED."""
   found = json.loads(body)
   choices = [(choice['message'], choice.get('finish_reason') or '') for choice in found['choices']]
   if not choices:
@@ -272,7 +285,8 @@ class Client:
 
   def __init__(self, endpoint: Endpoint, cache: str | os.PathLike, budget: Budget = Budget()):
     check(endpoint.concurrency >= 1 and endpoint.attempts >= 1, 'concurrency and attempts are 1 at least')
-    check(endpoint.timeout > 0 and endpoint.backoff >= 0, 'the timeout must be positive and the backoff not negative')
+    check(0 < endpoint.timeout <= LONGEST_TIMEOUT, f'the timeout must be positive, and {LONGEST_TIMEOUT:g} s at most')
+    check(endpoint.backoff >= 0, 'the backoff must not be negative')
     self.endpoint, self.budget = endpoint, budget
     self.url, self.key = checked_url(endpoint.base_url), read_key(endpoint.api_key_env)
     self.cache = Cache(cache)
@@ -446,7 +460,7 @@ class Client:
     if status == 200:
       try:
         answer, tokens = read_reply(response.content)
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
+      except GARBLED as error:
         said = self.quote(told(response.text))
         reason = f'the reply is no chat completion ({type(error).__name__}: {error}): {said}'
         check(self.answered, f'{self.url}: {reason}; is this the base URL of an OpenAI-compatible endpoint?')

@@ -34,7 +34,9 @@ from rl_reasoning.config import (
 from rl_reasoning.model import Arch
 from rl_reasoning.objectives import OBJECTIVES, reward_model
 from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.objectives.ppo import Ppo
 from rl_reasoning.presets import PRESETS
+from rl_reasoning.reward_models import RewardModel
 from rl_reasoning.structs import ROLLOUT, Array, Batch, PyTree, TrainState
 
 
@@ -56,8 +58,8 @@ class Features(NamedTuple):
       found = jax.device_get(self.of(params, *(np.asarray(x)[padded, :T] for x in (tokens, batch.segment_NT, batch.position_NT))))
       self.known.update({names[n]: x[: length[n]].copy() for n, x in zip(some, found)})
     features = np.zeros((*tokens.shape, self.known[names[0]].shape[-1]), np.float32)
-    for row, name, n in zip(features, names, length, strict=True):
-      row[:n] = self.known[name]
+    for row, (name, n) in enumerate(zip(names, length, strict=True)):
+      features[row, :n] = self.known[name]
     return batch.replace(extras={**batch.extras, 'features': features})
 
 
@@ -71,7 +73,7 @@ class Run(NamedTuple):
   mesh: Mesh
   steps: train_step.Steps
   init: Any  # () -> TrainState, born sharded
-  reward_models: Mapping[str, reward_models.RewardModel] = {}  # their weights are frozen roles: 'reward.NAME'
+  reward_models: Mapping[str, RewardModel] = {}  # their weights are frozen roles: 'reward.NAME'
   features: Features | None = None  # with optim.cache_features
   speaks: bool = True  # whether the policy has a head for text: a reward model has none
 
@@ -127,9 +129,9 @@ def resolve_template(role: Role) -> str:
   return run_config(role.init, 'roles', 'policy', 'template') if is_run(role.init) else 'plain'
 
 
-def check_speaks(role: str, source: str) -> None:
+def check_speaks(key: str, source: str) -> None:
   """Refuses a reward model's weights where text is to come out: they have a head for scores only."""
-  check('lm' in heads_in(source), f"config key 'roles.{role}.init': {source} is a reward model: it has no head for text")
+  check('lm' in heads_in(source), f'config key {key!r}: {source} is a reward model: it has no head for text')
 
 
 def heads_of(objective) -> tuple[str, ...]:
@@ -146,11 +148,12 @@ def heads_in(source: str) -> tuple[str, ...]:
   return heads_of(OBJECTIVES[name]) if name in OBJECTIVES else ('lm',)
 
 
-def check_reference(source: str, arch: Arch) -> None:
-  """The reference is run by the policy's own forward function, so it must be of the same architecture."""
-  check(pathlib.Path(source).exists(), f"config key 'roles.ref.init': {source!r} does not exist")
+def check_reference(key: str, source: str, arch: Arch) -> None:
+  """A reference is run by the policy's own forward function, so it must be of the same architecture."""
+  check(pathlib.Path(source).exists(), f'config key {key!r}: {source!r} does not exist')
   other = differences(dataclasses.asdict(arch), dataclasses.asdict(read_arch(source)))
-  check(not other, f"config key 'roles.ref.init': {source} is of another architecture than the policy: {'; '.join(other)}")
+  check(not other, f'config key {key!r}: {source} is of another architecture than the policy: {"; ".join(other)}')
+  check_speaks(key, source)
 
 
 def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
@@ -259,6 +262,8 @@ def check_splits(config: Config, objective) -> None:
   micro = config.optim.micro_batch or update
   check(micro <= update, f"config key 'optim.micro_batch': {micro} rows are more than the {update} of an update")
   check(update % micro == 0, f"config key 'optim.micro_batch': {update} rows an update do not divide by {micro}")
+  if isinstance(objective, Ppo):
+    objective.check_step(config.data.batch_size)
   together, collected = objective.rows_together, config.data.batch_size * sum(objective.sources.values())
   check(
     update % together == 0,
@@ -289,14 +294,14 @@ def batch_sizes(config: Config, objective) -> dict[str, int]:
   """What a step holds, in one unit each: what --explain prints."""
   rows = config.data.batch_size * sum(objective.sources.values())
   update = config.data.batch_size * objective.update_rows // objective.num_minibatches
-  longest = config.data.max_prompt_length + config.rollout.max_completion_length
+  longest = {'rollout': config.data.max_prompt_length + config.rollout.max_completion_length, 'data': config.data.max_length}
   return {
     'prompts_per_step': config.data.batch_size,
     'completions_per_step': rows,
     'updates_per_step': objective.num_iterations * objective.num_minibatches,
     'completions_per_update': update,
     'completions_per_micro_batch': min(config.optim.micro_batch or update, update),
-    'max_tokens_per_step': rows * (longest if 'rollout' in objective.sources else config.data.max_length),
+    'max_tokens_per_step': config.data.batch_size * sum(n * longest[source] for source, n in objective.sources.items()),
   }
 
 
@@ -331,10 +336,14 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     key, there = f"config key 'roles.reward.{name}.init'", pathlib.Path(role.init).exists()
     check(there or role.init in absent, f'{key}: {role.init!r} does not exist')
   if 'lm' in objective.heads['policy'] and config.roles.policy.init:
-    check_speaks('policy', config.roles.policy.init)
+    check_speaks('roles.policy.init', config.roles.policy.init)
   if objective.reads == 'text':
     check(bool(config.data.pretrain), "config key 'data.pretrain' is empty: objective.ptx_coef wants rows to mix in")
-    coerce(config.data.pretrain, Component, 'data.pretrain')
+    c = coerce(config.data.pretrain, Component, 'data.pretrain')
+    check(
+      'weight' not in config.data.pretrain, "config key 'data.pretrain.weight' cannot act: objective.ptx_coef weighs these rows"
+    )
+    check(c.train_size >= 0, f"config key 'data.pretrain.train_size': {c.train_size} must not be negative")
   frozen, layers = config.optim.frozen_layers, arch.num_hidden_layers
   check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train")
   if config.data.curriculum != 'none':
@@ -350,8 +359,7 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
   tokenizer.check_template(policy.template)
   if config.roles.ref.init and {'ref'} & {*objective.frozen, *objective.moving}:
-    check_reference(config.roles.ref.init, arch)
-    check_speaks('ref', config.roles.ref.init)
+    check_reference('roles.ref.init', config.roles.ref.init, arch)
   critic = config.roles.critic
   if 'critic' in objective.trainable:
     critic = dataclasses.replace(critic, init=resolve_critic(config, absent))
@@ -430,7 +438,7 @@ def model_names(config: Config) -> set[str]:
   return {*config.roles.reward, *config.rewards.combinations}
 
 
-def load_reward_models(config: Config, mesh: Mesh) -> tuple[dict[str, reward_models.RewardModel], dict[str, PyTree]]:
+def load_reward_models(config: Config, mesh: Mesh) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
   """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). Raises ConfigError."""
   models, params = {}, {}
   for name, role in reward_roles(config).items():
@@ -458,6 +466,8 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     size = archs['critic'].vocab_size
     check(tok.vocab_size <= size, f"config key 'roles.critic.init': {critic.init} has {size} embeddings, the policy's tokenizer "
           f'{tok.vocab_size} ids')  # fmt: skip
+    frozen, layers = config.optim.frozen_layers, archs['critic'].num_hidden_layers
+    check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of the critic's {layers} layers leave none to train")
   peak = critic.learning_rate or config.optim.learning_rate
   optimizer, schedule = optim.make(config.optim, updates)
   optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(config.optim, learning_rate=peak), updates)[0]}
@@ -467,10 +477,15 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
   frozen_layers = config.optim.frozen_layers
+  # A reference that starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
+  own_trunk = config.roles.ref.init not in ('', config.roles.policy.init)
   nets = {
-    role: model.make_net(a, temperature, dtype=config.model.dtype, remat=config.model.remat, frozen_layers=frozen_layers)
+    role: model.make_net(
+      a, temperature, dtype=config.model.dtype, remat=config.model.remat,
+      frozen_layers=0 if role == 'ref' and own_trunk else frozen_layers,
+    )
     for role, a in archs.items()
-  }
+  }  # fmt: skip
   shardings, opt_shardings = {}, {}
   for role in objective.trainable:
     heads = objective.heads[role]
@@ -531,7 +546,7 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   resolved, objective, arch = resolve(config, keys_set)
   check_splits(resolved, objective)
   optim.make(config.optim, 1)
-  sizes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
+  sizes = jax.eval_shape(functools.partial(model.init, arch=arch, heads=objective.heads['policy']), jax.random.key(0))
   dead = inert(config, objective)
   if getattr(objective, 'epsilon', 0.0) >= 1 and 'objective.epsilon' not in dead:
     dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'

@@ -81,7 +81,7 @@ def model_rewards(
   frozen: Mapping[str, PyTree],
   prompts: Sequence,
   texts: Sequence[str],
-  ended: Sequence,
+  ended: Any,
   columns: Mapping[str, Sequence],
 ) -> dict[str, list[float | None]]:
   """What the reward models that `rewards.functions` names say of completions; prompts as the data have them."""
@@ -228,7 +228,7 @@ def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
   have is 0 in the others."""
   T = max(rolled.tokens.shape[1], other.tokens.shape[1])
 
-  def join(name: str):
+  def join(name: str) -> Any:
     a, b = getattr(rolled, name), getattr(other, name)
     if a is None:
       return None
@@ -263,8 +263,9 @@ def check_rows(run: Run, train: data.Train) -> None:
   if dropped:
     print(f'data: {dropped} of {read} rows are longer than data.max_length = {limits.max_length} and are dropped', flush=True)
   if train.pretrain is not None:
-    for start in range(0, len(train.pretrain), 1024):
-      some = [train.pretrain[i] for i in range(start, min(start + 1024, len(train.pretrain)))]
+    count = min(len(train.pretrain), config.total_steps * limits.batch_size * objective.sources['data'])
+    for start in range(0, count, 1024):
+      some, _ = data.batch(train.pretrain, start, min(1024, count - start), train.seed)
       data.encode_rows(some, run.tokenizer, template, limits.max_length)
 
 

@@ -6,6 +6,7 @@ others keep the defaults below. `--config=file.py:objective=sft,size=2` passes a
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -17,11 +18,12 @@ import json
 import math
 import pathlib
 import re
+import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 
 class ConfigError(ValueError):
@@ -31,6 +33,25 @@ class ConfigError(ValueError):
 def check(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
+
+
+class Parser(argparse.ArgumentParser):
+  """A command line whose mistakes are ConfigErrors: one line, without the usage, which --help shows."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(message)
+
+
+def exit_code(command: Callable[[list[str]], int | None], argv: Sequence[str], again: str = 'the same command goes on') -> int:
+  """Runs a command line: what is the user's to mend is one line on stderr, not a traceback."""
+  try:
+    return command(list(argv)) or 0
+  except ConfigError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f'interrupted; {again}', file=sys.stderr)
+    return 130
 
 
 @dataclasses.dataclass(frozen=True)

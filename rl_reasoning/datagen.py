@@ -13,7 +13,8 @@ same command goes on after an interruption, bit for bit. Exit codes: 0, 2.
   best      prompt, completion, reward: the highest reward of each prompt, for SFT (best of K: rejection sampling, Llama 2, 2307.09288)
   correct   prompt, completion, reward: every verified one, for SFT (expert iteration, 1705.08439; ReST-EM, 2312.06585)
   ranking   prompt, responses, ranks by reward, equal rewards tied: for reward models and preference losses
-  pairs     prompt, responses [verified, not verified], ranks [0, 1]: the same, without a reward
+  pairs     prompt, responses [verified, not verified], ranks [0, 1]: the same, without a reward (rl_reasoning.verified_pairs makes them
+            later, of what 'all' has kept)
   labels    prompt, completion, label (accuracy): for outcome reward models and KTO
   steps     prompt, completions (the steps of one), labels: for process reward models. A step's label is the share of `rollouts_per_step`
             continuations from its end that reach the right answer, of the last step the verdict itself (Math-Shepherd, 2312.08935)
@@ -29,7 +30,6 @@ if __name__ == '__main__':
 import collections
 import dataclasses
 import json
-import math
 import pathlib
 import re
 import sys
@@ -43,6 +43,7 @@ from rl_reasoning import build, checkpoint, config as config_lib, data, environm
 from rl_reasoning.config import Config, Rewards, check, coerce
 from rl_reasoning.rewards import REWARDS, as_given, check_rewards, columns_of
 from rl_reasoning.structs import PyTree
+from rl_reasoning.verified_pairs import spread
 
 # Keys that act here, as prefixes; `seed` is that of the rows, as in training, and generate.seed that of the samples.
 READ = (
@@ -239,9 +240,7 @@ def keep_pairs(row: dict, samples: list[dict], g: Generate, dropped: collections
   left = judged(distinct(samples, dropped), dropped, 'accuracy')
   right, wrong = [s for s in left if s['accuracy'] == 1], [s for s in left if s['accuracy'] < 1]
   left = sift(left, dropped, 'nothing to compare with', lambda s: bool(right) and bool(wrong))
-  R, W = len(right), len(wrong)
-  # All R * W of them, in an order in which a limit leaves pairs of different completions, not one of them against all others.
-  pairs = [(k % R, (k + shift) % W) for shift in range(math.gcd(R, W)) for k in range(math.lcm(R, W))][: g.max_per_prompt or None]
+  pairs = spread(len(right), len(wrong), g.max_per_prompt) if left else []
   used = {id(right[i]) for i, _ in pairs} | {id(wrong[j]) for _, j in pairs}
   kept = sift(left, dropped, 'over max_per_prompt', lambda s: id(s) in used)
   responses = [[right[i]['completion'], wrong[j]['completion']] for i, j in pairs]
@@ -400,27 +399,6 @@ def make_data(sampler: Sampler, rows: Sequence[dict]) -> tuple[list[dict], dict[
   }  # fmt: skip
 
 
-def open_workdir(folder: epath.Path, about: dict[str, Any], overwrite: bool) -> None:
-  """Writes config.json, or checks that the one there is of the same config and weights."""
-  path = folder / 'config.json'
-  check(not build.is_run(str(folder)), f'--workdir={folder} holds a training run')
-  if overwrite:
-    for file in [folder / name for name in FILES] + list((folder / 'samples').glob('*.json*')):
-      file.unlink(missing_ok=True)
-  about = json.loads(json.dumps(about))
-  if path.exists():
-    changed = config_lib.differences(train.read_json(path), about)
-    check(not changed, f'{folder} holds data of another config (--overwrite deletes it):\n  ' + '\n  '.join(changed))
-    return
-  left = [name for name in FILES if (folder / name).exists()]
-  check(not left, f'{folder} has {", ".join(left)} but no config.json; --overwrite deletes them')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    train.write_atomically(path, json.dumps(about, indent=1))
-  except OSError as error:
-    raise config_lib.ConfigError(f'--workdir={folder}: {error}') from None
-
-
 def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
   """Samples, or goes on; writes data.jsonl and the summary that it returns. Raises ConfigError, also where no row is left."""
   check_job(job)
@@ -441,7 +419,9 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
     verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in rows)
     gold = g.keep not in BY_VERDICT or any(verdict is not None for verdict in verdicts)
     check(gold, f"config key 'generate.keep': {g.keep!r} goes by verdicts, and no problem has a gold answer that can be checked")
-    open_workdir(folder, {'fingerprint': fingerprint, 'config': settings, 'generate': dataclasses.asdict(g)}, overwrite)
+    check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
+    about = {'fingerprint': fingerprint, 'config': settings, 'generate': dataclasses.asdict(g)}
+    evaluate.open_workdir(folder, FILES, about, 'data of another config', overwrite)
     finished = folder / 'summary.json'
     if finished.exists():
       return train.read_json(finished)

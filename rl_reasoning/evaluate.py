@@ -20,6 +20,7 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,9 +45,9 @@ from rl_reasoning.structs import PyTree
 
 # Sections and keys that an evaluation reads, as prefixes.
 READ = (
-  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options', 'data.mixture',
-  'data.max_prompt_length', 'data.max_length', 'data.overlong', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'rewards', 'mesh', 'eval.size',
-  'eval.batch_size', 'eval.seed', 'eval.evaluators',
+  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options',
+  'data.mixture', 'data.max_prompt_length', 'data.max_length', 'data.overlong', 'data.cache_dir', 'rollout.max_completion_length',
+  'rollout.chunk', 'rewards', 'mesh', 'eval.size', 'eval.batch_size', 'eval.seed', 'eval.evaluators',
 )  # fmt: skip
 ELSEWHERE = ('mesh', 'data.cache_dir')  # of these, what says where things lie and not what comes out
 TRAINING = ('total_steps', 'objective', 'optim')  # a config that sets one of them is that of a training run
@@ -99,21 +100,22 @@ def hardware() -> dict[str, Any]:
   }  # fmt: skip
 
 
-def open_workdir(folder: epath.Path, about: dict[str, Any], overwrite: bool) -> None:
-  """Writes evaluation_config.json, or checks that the one there is of the same config and weights."""
-  path = folder / FILES[0]
+def open_workdir(folder: epath.Path, names: Sequence[str], about: dict[str, Any], another: str, overwrite: bool) -> None:
+  """Writes the first of the files, or checks that the one there is of the same config and weights and not, as an error would say, of
+  `another`. All the files, and samples/, are what `overwrite` deletes."""
+  path = folder / names[0]
   if overwrite:
-    for file in [folder / name for name in FILES] + list((folder / 'samples').glob('*.json*')):
+    for file in [folder / name for name in names] + list((folder / 'samples').glob('*.json*')):
       file.unlink(missing_ok=True)
   about = json.loads(json.dumps(about))
   if path.exists():
     old = train.read_json(path)
     changed = config_lib.differences({**old, 'checkpoint': ''}, {**about, 'checkpoint': ''})  # it may have moved
-    check(not changed, f'{folder} holds another evaluation (--overwrite deletes it, --workdir=DIR begins another):\n  '
+    check(not changed, f'{folder} holds {another} (--overwrite deletes it, --workdir=DIR begins another):\n  '
           + '\n  '.join(changed))  # fmt: skip
     return
-  left = [name for name in FILES if (folder / name).exists()]
-  check(not left, f'{folder} has {", ".join(left)} but no {FILES[0]}; --overwrite deletes them')
+  left = [name for name in names if (folder / name).exists()]
+  check(not left, f'{folder} has {", ".join(left)} but no {names[0]}; --overwrite deletes them')
   try:
     folder.mkdir(parents=True, exist_ok=True)
     train.write_atomically(path, json.dumps(about, indent=1))
@@ -134,7 +136,8 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
   with jax.set_mesh(run.mesh):
     problems = evaluators.test_problems(run)
     evaluators.check_problems(run, problems, chosen)
-    open_workdir(folder, {'checkpoint': source, 'fingerprint': fingerprint, 'config': settings}, overwrite)
+    about = {'checkpoint': source, 'fingerprint': fingerprint, 'config': settings}
+    open_workdir(folder, FILES, about, 'another evaluation', overwrite)
     finished = folder / 'evaluation.json'
     if finished.exists():
       return train.read_json(finished)
@@ -177,8 +180,8 @@ def command(argv: list[str]) -> None:
   check(bool(workdir), f'--workdir=DIR is missing: {source} is no workdir of ours')
   environment.cache_compilations()
   result = run_evaluation(config, source, workdir, overwrite='overwrite' in flags)
-  rows = train.evaluation_rows([{'step': '', 'evaluators': result['evaluators']}])
-  metrics.summary_table(source, train.EVALUATION_COLUMNS[1:], [row[1:] for row in rows])
+  columns, rows = train.evaluation_table([('', result['evaluators'])], '')
+  metrics.summary_table(source, columns[1:], [row[1:] for row in rows])
   print(f'{workdir}/evaluation.md, evaluation.png, evaluation.json; samples: {workdir}/samples/')
 
 

@@ -30,6 +30,7 @@ from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
 from rl_reasoning.config import Config, Data, Rollout, check, digest, from_mapping, to_dict
 from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
+from rl_reasoning.objectives.preference import Preference
 from rl_reasoning.ranking_evaluator import RankingEvaluator
 from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
 from rl_reasoning.structs import Array, Batch, PyTree, Rollout as Rolled
@@ -144,8 +145,8 @@ def check_problems(
       ranking_evaluator.check_rankings(problems[name], name, run.tokenizer, template, limits.max_length, limits.overlong)
       continue
     check(run.speaks, f"config key 'eval.evaluators.{name}': the network has no head for text; its kind is ranking")
-    key = f"config key 'eval.evaluators.{name}.kl_to'"
-    check(not evaluator.kl_to or pathlib.Path(evaluator.kl_to).exists(), f'{key}: {evaluator.kl_to!r} does not exist')
+    if evaluator.kl_to:
+      build.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch)
     encode_problems(run, problems[name], name, evaluator)
     verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in problems[name])
     gold = worth or any(verdict is not None for verdict in verdicts)
@@ -186,10 +187,9 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
 
 
 @functools.partial(jax.jit, static_argnames=('arch', 'dtype'))
-def sequence_logp(params: PyTree, arch: model.Arch, batch: Batch, temperature: Array, dtype: str) -> Array:
-  """[N]: the log-probability of each row's masked tokens."""
-  logp, _ = model.log_probs(params, arch, batch, temperature, dtype=dtype)
-  return jnp.sum(batch.mask_NT * logp, axis=1)
+def masked_logp(params: PyTree, arch: model.Arch, batch: Batch, temperature: Array, dtype: str) -> Array:
+  """[N, T]: the log-probability of each masked token, 0 elsewhere."""
+  return batch.mask_NT * model.log_probs(params, arch, batch, temperature, dtype=dtype)[0]
 
 
 def divergence(
@@ -199,7 +199,7 @@ def divergence(
   the KL divergence."""
   batch = sharding.put_rows(run.mesh, collect.to_batch(prompts, rolled, evaluator.num_samples).replace(logp_sample_NT=None))
   dtype, temperature = run.config.model.dtype, jnp.float32(evaluator.temperature)
-  ours, theirs = (sequence_logp(p, run.arch, batch, temperature, dtype) for p in (params, other))
+  ours, theirs = (masked_logp(p, run.arch, batch, temperature, dtype).sum(axis=1) for p in (params, other))
   return np.asarray(ours - theirs)
 
 
@@ -411,17 +411,19 @@ def token_scores(params: PyTree, arch: model.Arch, batch: Batch, dtype: str, lay
 def rank(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, frozen: Mapping[str, PyTree], folder: epath.Path | None
 ) -> tuple[dict[str, Any], list[dict]]:
-  """(metrics, samples) of held-out judgements, by the scores of a reward model, or by a policy's implicit reward: the log-probability of a
-  response, or beta times what it has over that under the run's reference, where it has one (DPO, 2305.18290)."""
+  """(metrics, samples) of held-out judgements, by the scores of a reward model, or by a policy's implicit reward: what its objective says
+  that is (DPO, 2305.18290), else the log-probability of a response, less that under the run's reference where it has one."""
   config, reference = run.config, frozen.get('ref')
   dtype, layers = config.model.dtype, config.optim.frozen_layers
 
   def scores(batch: Batch) -> Array:
     if not run.speaks:
       return token_scores(params, run.arch, batch, dtype, layers)
-    logp = sequence_logp(params, run.arch, batch, jnp.float32(1), dtype)
-    beta = getattr(run.objective, 'beta', 1.0)
-    return logp if reference is None else beta * (logp - sequence_logp(reference, run.arch, batch, jnp.float32(1), dtype))
+    logp = masked_logp(params, run.arch, batch, jnp.float32(1), dtype)
+    other: Any = None if reference is None else masked_logp(reference, run.arch, batch, jnp.float32(1), dtype)
+    if isinstance(run.objective, Preference):
+      return run.objective.implicit_reward(logp, other, batch.mask_NT)
+    return jnp.sum(logp if other is None else logp - other, axis=1)
 
   result, samples = ranking_evaluator.evaluate_rankings(
     scores, rows, run.tokenizer, config.roles.policy.template, run.mesh, max_length=config.data.max_length,

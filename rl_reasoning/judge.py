@@ -6,7 +6,7 @@
 
 Rows of FILE (JSON lines, JSON or Parquet) have `prompt` (text or chat messages) and `responses` (two texts or more). Every pair of them is
 asked about twice, each shown first once (judges favour a position, arXiv 2306.05685): K responses cost K (K - 1) requests. Equal texts
-are one response.
+are one response, and an empty one is none.
   pair      each pair on which both orders agree is a row of two responses; the others are dropped
   ranking   a row of all K with their ranks by Copeland score (pairs won less pairs lost; equal scores tie); a pair without agreement counts
             for neither, and a row is dropped unless both orders agree on more than half of its pairs
@@ -22,7 +22,6 @@ variable that holds it. Exit codes: 0 (also where the budget ended: the summary'
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
 import itertools
@@ -32,11 +31,11 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rl_reasoning import api
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning.config import ConfigError, Parser, check, exit_code
 from rl_reasoning.tasks import dataset
 
 RUBRIC = (
@@ -83,9 +82,9 @@ def read_rows(path: pathlib.Path) -> Iterator[tuple[str, dict, Row]]:
 
 
 def distinct(row: Row) -> Row:
-  """Texts that are equal but for the space around them are one response: no judge can rank them."""
+  """Texts that are equal but for the space around them are one response: no judge can rank them. An empty one nobody can learn from."""
   first: dict[str, str] = {}
-  for text in row.responses:
+  for text in filter(str.strip, row.responses):
     first.setdefault(text.strip(), text)
   return row._replace(responses=list(first.values()))
 
@@ -204,7 +203,7 @@ class Job(NamedTuple):
       pairs = {pair: judged([client.known(r) for r in self.orders(row, *pair)], *pair) for pair in pairs_of(row)}
       counts['pairs'].update(found.status for found in pairs.values())
       counts['verdicts'].update(v or 'none' for found in pairs.values() for v in found.verdicts)
-      units, why = labels(row, pairs, self.style) if pairs else ([], 'equal_responses')
+      units, why = labels(row, pairs, self.style) if pairs else ([], 'nothing_to_compare')
       if why:
         counts['rows_dropped'][why] += 1
       for members, ranks in units:
@@ -245,11 +244,14 @@ def beside(out: pathlib.Path, name: str) -> pathlib.Path:
 def write_rows(out: pathlib.Path, rows: Iterable[dict[str, Any]]) -> int:
   """Writes all or nothing; returns how many."""
   part, count = out.with_name(out.name + '.part'), 0
-  with part.open('w') as file:
-    for row in rows:
-      file.write(json.dumps(row) + '\n')
-      count += 1
-  part.replace(out)
+  try:
+    with part.open('w') as file:
+      for row in rows:
+        file.write(json.dumps(row) + '\n')
+        count += 1
+    part.replace(out)
+  except OSError as error:
+    raise ConfigError(f'--out={out}: {error.strerror}') from None
   return count
 
 
@@ -268,6 +270,7 @@ def check_out(path: str, source: str) -> pathlib.Path:
   check('://' not in path, f'--out={path}: a local file is needed')
   check(out.name.endswith('.jsonl'), f'--out={path}: the name must end with .jsonl')
   check(out.parent.is_dir(), f'--out={path}: no folder {out.parent}')
+  check(not out.is_dir(), f'--out={path}: it is a folder')
   check(out.resolve() != pathlib.Path(source).expanduser().resolve(), f'--out={path}: it is the file that is read')
   return out
 
@@ -275,6 +278,7 @@ def check_out(path: str, source: str) -> pathlib.Path:
 def read_options(text: str) -> dict[str, Any]:
   try:
     found = json.loads(text)
+    json.dumps(found, allow_nan=False)  # NaN is Python's, and no server reads it
   except ValueError as error:
     raise ConfigError(f'--options: not JSON: {error}') from None
   check(isinstance(found, dict), '--options: not a JSON object')
@@ -284,8 +288,8 @@ def read_options(text: str) -> dict[str, Any]:
 
 
 def command(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python -m rl_reasoning.judge', allow_abbrev=False,
-                                   description='Ranks responses by a judge: K of them cost K (K - 1) requests.')  # fmt: skip
+  parser = Parser(prog='python -m rl_reasoning.judge', allow_abbrev=False,
+                  description='Ranks responses by a judge: K of them cost K (K - 1) requests.')  # fmt: skip
   parser.add_argument('file', metavar='FILE', help='rows of prompt and responses')
   parser.add_argument('--out', required=True, metavar='LABELLED.jsonl')
   parser.add_argument('--base-url', required=True, metavar='URL', help='as http://localhost:8000/v1')
@@ -306,7 +310,10 @@ def command(argv: Sequence[str]) -> None:
   out, rubric = check_out(flags.out, flags.file), RUBRIC
   if flags.rubric:
     check(pathlib.Path(flags.rubric).is_file(), f'--rubric={flags.rubric}: no such file')
-    rubric = pathlib.Path(flags.rubric).read_text().strip()
+    try:
+      rubric = pathlib.Path(flags.rubric).read_text('utf-8').strip()
+    except ValueError as error:
+      raise ConfigError(f'--rubric={flags.rubric}: no text: {error}') from None
     check(bool(rubric), f'--rubric={flags.rubric}: the file is empty')
   job = Job(pathlib.Path(flags.file).expanduser(), rubric, read_options(flags.options), flags.style)
   numbers = job.checked()
@@ -324,19 +331,6 @@ def command(argv: Sequence[str]) -> None:
   print(json.dumps(summary, indent=1))
   if summary['budget_ended_by']:
     print(f'the budget of {summary["budget_ended_by"]} has ended: raise it, and the same command goes on', file=sys.stderr)
-
-
-def exit_code(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-  """As train.exit_code, which would load jax."""
-  try:
-    command(argv)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on', file=sys.stderr)
-    return 130
-  return 0
 
 
 def interrupt(*_: Any) -> None:

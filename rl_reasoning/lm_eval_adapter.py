@@ -86,7 +86,7 @@ class JaxLM(TemplateLM):
     for key, value in (('max_length', max_length), ('max_gen_toks', max_gen_toks), ('seed', seed)):
       check(str(value).isdigit(), f'{key}={value}: a whole number is needed')
     settings = {'model': {'dtype': dtype}, 'roles': {'policy': {'tokenizer': tokenizer}}}
-    self.run, self.params = open_run(config_lib.resolve(settings), checkpoint)
+    self.run, self.params, _ = open_run(config_lib.resolve(settings), checkpoint)
     devices = sharding.axis_size(self.run.mesh, 'rows')
     self.rows = -(-int(batch_size) // devices) * devices
     self.max_length, self.max_gen_toks, self.seed, self.dtype = int(max_length), int(max_gen_toks), int(seed), dtype

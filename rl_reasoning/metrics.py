@@ -245,6 +245,9 @@ CURVES = (
   ('gradient norm', ('grad_norm',)),
   ('sampler against trainer', ('sampling/logp_difference/mean', 'sampling/logp_difference/max')),
   ('KL to the reference (nats)', ('kl',)),
+  ('KL to the reference (nats a completion)', ('objective/kl',)),
+  ('value of the critic', ('val/explained_variance',)),
+  ('preferred less rejected', ('margin', 'rewards/margins')),
 )
 
 

@@ -93,11 +93,8 @@ def command(argv: list[str]) -> None:
   settings = config_lib.read_file(flags['config'])
   check(set(settings) == {'stages'}, f"{flags['config']}: a pipeline config has the one key 'stages'")
   result = run_pipeline(settings['stages'], flags['workdir'], 'overwrite' in flags)
-  rows = []
-  for stage, entry in result.items():
-    if stage != 'final':
-      rows += [[stage, *row[1:]] for row in train.evaluation_rows([{'step': 0, 'evaluators': entry['evaluators']}])]
-  metrics.summary_table(flags['workdir'], ('stage', *train.EVALUATION_COLUMNS[1:]), rows)
+  told = [(stage, entry['evaluators']) for stage, entry in result.items() if stage != 'final' and 'evaluators' in entry]
+  metrics.summary_table(flags['workdir'], *train.evaluation_table(told, 'stage'))
   print(f'curves: {flags["workdir"]}/*/curves.png, samples: {flags["workdir"]}/*/completions/')
 
 

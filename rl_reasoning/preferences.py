@@ -15,7 +15,6 @@ where not even one token of the prompt would be left. ConfigErrors show the row'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 from rl_reasoning.config import check
 from rl_reasoning.data import excerpt, pad_rows
 from rl_reasoning.structs import Batch
+from rl_reasoning.tasks.preference import is_finite, is_label
 from rl_reasoning.tokenizer import Tokenizer, render_prompt
 
 OVERLONG = ('raise', 'drop', 'truncate_prompt')
@@ -53,10 +53,6 @@ def is_text(x: Any) -> bool:
   return isinstance(x, str) and bool(x.strip())
 
 
-def is_number(x: Any, low: float, high: float) -> bool:
-  return isinstance(x, (bool, int, float)) and math.isfinite(x) and low <= x <= high
-
-
 def is_prompt(x: Any) -> bool:
   """A text, or messages of which none is empty."""
   if isinstance(x, str):
@@ -82,7 +78,7 @@ def check_row(row: Mapping[str, Any], reads: str, size: int) -> None:
   )
   if reads in ('unpaired', 'verdicts'):
     good(is_text(row['completion']), f'completion {excerpt(row["completion"])} is no text, or empty')
-    good(is_number(row['label'], 0, 1), f'label {row["label"]!r} is no number in [0, 1]')
+    good(is_label(row['label']), f'label {row["label"]!r} is no number in [0, 1]')
     return
   texts, marks = ('responses', 'ranks') if reads == 'rankings' else ('completions', 'labels')
   for name in (texts, marks):
@@ -93,16 +89,16 @@ def check_row(row: Mapping[str, Any], reads: str, size: int) -> None:
   if reads == 'steps':
     good(bool(row[texts]), 'completions is empty: no step to judge')
     for label in row[marks]:
-      good(is_number(label, 0, 1), f'label {label!r} is no number in [0, 1]')
+      good(is_label(label), f'label {label!r} is no number in [0, 1]')
     return
   good(len(row[texts]) >= 2, 'a ranking needs two responses or more, and this one has fewer')
   good(len(row[texts]) <= size, f"config key 'objective.ranking_size': {size}, but a row has {len(row[texts])} responses")
   for rank in row[marks]:
-    good(is_number(rank, -math.inf, math.inf), f'rank {rank!r} is no number')
+    good(is_finite(rank), f'rank {rank!r} is no number')
   different = {*zip(row[texts], row[marks], strict=True)}
   good(len({text for text, _ in different}) == len(different), 'two responses are equal, but not their ranks')
   if row.get('margin') is not None:
-    good(is_number(row['margin'], 0, math.inf), f'margin {row["margin"]!r} is no number of at least 0')
+    good(is_finite(row['margin']) and row['margin'] >= 0, f'margin {row["margin"]!r} is no number of at least 0')
     good(len(row[texts]) == 2, f'a margin is between two responses, and there are {len(row[texts])}')
 
 

@@ -195,25 +195,35 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
   return summary
 
 
-def evaluation_rows(evaluations: list[dict[str, Any]]) -> list[list[str]]:
-  """One row of the table per (step, evaluator)."""
+def evaluation_table(
+  evaluations: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], first: str
+) -> tuple[list[str], list[list[str]]]:
+  """(columns, rows) of (name or step, evaluators), a row an evaluator; `first` heads the first column. Columns that say nothing are left
+  out, and the functions of `reward` have their own where there are several."""
 
-  def number(m: dict, key: str, digits: int = 3) -> str:  # the error of one problem, or the reward of none, is None
+  def number(m: Mapping[str, Any], key: str, digits: int = 3) -> str:  # the error of one problem, or the reward of none, is None
     return f'{m[key]:.{digits}f}' if m.get(key) is not None else ''
 
+  every = [m for _, found in evaluations for m in found.values()]
+  functions = list(
+    dict.fromkeys(k for m in every for k in m if k.startswith('rewards/') and not k.endswith(('_stderr', '_ci95')))
+  )
+  functions = functions if len(functions) > 1 else []
+  names = ['accuracy', 'strict', 'format', 'reward', *(f.removeprefix('rewards/') for f in functions), 'kl', 'pass@k', 'maj@k', 'length',
+           'truncated', 'longer is better', 'ECE']  # fmt: skip
   rows = []
-  for entry in evaluations:
-    for name, m in entry['evaluators'].items():
+  for place, found in evaluations:
+    for name, m in found.items():
       k = max(tables.ks_of(m), default=0)
+      accuracy = f'{number(m, "accuracy")} ± {number(m, "accuracy_stderr")}' if m.get('accuracy') is not None else ''
       rows.append([
-        str(entry['step']), name, f'{number(m, "accuracy")} ± {number(m, "accuracy_stderr")}', number(m, 'strict_accuracy'),
-        number(m, 'format'), number(m, 'reward'), f'{k}: {number(m, f"pass@{k}")}' if k else '',
-        number(m, f'maj@{k}'), number(m, 'length', 1), number(m, 'truncated'),
+        place, name, accuracy, number(m, 'strict_accuracy'), number(m, 'format'), number(m, 'reward'), *(number(m, f) for f in functions),
+        number(m, 'kl', 2), f'{k}: {number(m, f"pass@{k}")}' if k else '', number(m, f'maj@{k}'), number(m, 'length', 1),
+        number(m, 'truncated'), number(m, 'length_accuracy'), number(m, 'ece'),
       ])  # fmt: skip
-  return rows
-
-
-EVALUATION_COLUMNS = ('step', 'evaluator', 'accuracy', 'strict', 'format', 'reward', 'pass@k', 'maj@k', 'length', 'truncated')
+  columns = [first, 'evaluator', *names]
+  said = [c for c in range(len(columns)) if c < 2 or any(row[c] for row in rows)]
+  return [columns[c] for c in said], [[row[c] for c in said] for row in rows]
 
 
 def read_flags(argv: list[str], known: tuple[str, ...]) -> dict[str, str]:
@@ -246,12 +256,9 @@ def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
 
 
 def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
-  """Runs a command line: what is the user's to mend is one line on stderr, not a traceback."""
+  """As config.exit_code, with what only jobs on the accelerator end by."""
   try:
-    command(argv)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+    return config_lib.exit_code(command, argv, 'the same command goes on from the last checkpoint')
   except Diverged as error:
     print(f'diverged: {error}', file=sys.stderr)
     return 3
@@ -260,10 +267,6 @@ def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
       raise
     print(f'error: {error}; make room, and the same command goes on', file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-    return 130
-  return 0
 
 
 def command(argv: list[str]) -> None:
@@ -276,9 +279,9 @@ def command(argv: list[str]) -> None:
   check(bool(flags.get('workdir')), '--workdir=DIR is missing')
   environment.cache_compilations()
   summary = train(config, flags['workdir'], keys_set=keys_set, overwrite='overwrite' in flags)
-  rows = evaluation_rows(summary['evaluations'])
+  columns, rows = evaluation_table([(str(e['step']), e['evaluators']) for e in summary['evaluations']], 'step')
   if rows:
-    metrics.summary_table(flags['workdir'], EVALUATION_COLUMNS, rows)
+    metrics.summary_table(flags['workdir'], columns, rows)
   print(f'{summary["steps"]} steps done; curves: {flags["workdir"]}/curves.png, samples: {flags["workdir"]}/completions/')
 
 

@@ -3,14 +3,15 @@
   python -m rl_reasoning.verified_pairs FILE --out=PAIRS.jsonl [--most=8] [--seed=0]
 
 Rows of FILE have `prompt`, `responses` (texts) and `correct`, a verdict for each: true or 1 is verified, false and any share below 1 is
-not, and null (no verdict, as in a row without the column) is in no pair. Rows of one prompt are put together. Output rows are prompt,
-responses (the verified one first) and ranks [0, 1], at most --most a prompt, chosen by the seed so that every response is used about
-equally often; beside it lies summary_of_PAIRS.json. The responses are held in memory. Exit codes: 0, 2.
+not, and null (no verdict, as in a row without the column) is in no pair, nor is an empty text. So datagen writes them with keep 'all', of
+one checkpoint or of several rounds in one file (its keep 'pairs' makes the pairs of one round at once, by the same `spread`), and so may
+whoever else verifies. Rows of one prompt are put together. Output rows are prompt, responses (the verified one first) and ranks [0, 1], at
+most --most a prompt, chosen by the seed so that every response is used about equally often; beside it lies summary_of_PAIRS.json. The
+responses are held in memory. Exit codes: 0, 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import math
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rl_reasoning import judge
-from rl_reasoning.config import check
+from rl_reasoning.config import Parser, check
 
 
 def check_verdicts(place: str, verdicts: Any, count: int) -> None:
@@ -30,23 +31,26 @@ def check_verdicts(place: str, verdicts: Any, count: int) -> None:
   check(len(verdicts) == count, f"{place}: column 'correct' has {len(verdicts)} verdicts for {count} responses")
 
 
-def choose(right: Sequence[str], wrong: Sequence[str], most: int, seed: str) -> list[tuple[str, str]]:
-  """At most `most` different pairs, every text in as many as any other or one more, as far as the numbers allow.
+def spread(right: int, wrong: int, most: int = 0) -> list[tuple[int, int]]:
+  """At most `most` (0: all) different pairs of indices below `right` and `wrong`, both positive, each index in as many as any other of its
+  side or one more, as far as the numbers allow.
 
-  In step through both lists, with a shift whenever the same pairs would come again: every pair comes once in len(right) * len(wrong) steps.
+  In step through both, with a shift whenever the same pairs would come again: every pair comes once in right * wrong steps.
   """
+  cycle, every = math.lcm(right, wrong), right * wrong
+  return [(k % right, (k + k // cycle) % wrong) for k in range(min(most or every, every))]
+
+
+def choose(right: Sequence[str], wrong: Sequence[str], most: int, seed: str) -> list[tuple[str, str]]:
   random_ = random.Random(seed)
   right, wrong = (random_.sample(texts, len(texts)) for texts in (right, wrong))
-  cycle = math.lcm(len(right), len(wrong))
-  steps = range(min(most, len(right) * len(wrong)))
-  return [(right[k % len(right)], wrong[(k + k // cycle) % len(wrong)]) for k in steps]
+  return [(right[i], wrong[j]) for i, j in spread(len(right), len(wrong), most)]
 
 
 def verified_pairs(path: pathlib.Path, most: int, seed: int, counts: collections.Counter) -> Iterator[dict[str, Any]]:
   """Rows of pairs in the order in which prompts come first. Counts into `counts` what becomes of prompts and responses."""
-  prompts: dict[
-    str, dict[str, tuple[str, set[bool]]]
-  ] = {}  # prompt as JSON -> text without the space around it -> text, verdicts
+  # prompt as JSON -> text without the space around it -> text, verdicts
+  prompts: dict[str, dict[str, tuple[str, set[bool]]]] = {}
   for place, row, checked in judge.read_rows(path):
     verdicts = row.get('correct')
     if verdicts is None:
@@ -57,6 +61,9 @@ def verified_pairs(path: pathlib.Path, most: int, seed: int, counts: collections
       counts['responses'] += 1
       if value is None:
         counts['responses_without_verdict'] += 1
+        continue
+      if not text.strip():
+        counts['responses_empty'] += 1
         continue
       counts['responses_repeated'] += text.strip() in texts
       texts.setdefault(text.strip(), (text, set()))[1].add(value == 1)
@@ -76,8 +83,8 @@ def verified_pairs(path: pathlib.Path, most: int, seed: int, counts: collections
 
 
 def command(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python -m rl_reasoning.verified_pairs', allow_abbrev=False,
-                                   description='Pairs of verified and unverified responses.')  # fmt: skip
+  parser = Parser(prog='python -m rl_reasoning.verified_pairs', allow_abbrev=False,
+                  description='Pairs of verified and unverified responses.')  # fmt: skip
   parser.add_argument('file', metavar='FILE', help='rows of prompt, responses and correct')
   parser.add_argument('--out', required=True, metavar='PAIRS.jsonl')
   parser.add_argument('--most', type=int, default=8, metavar='N', help='pairs of a prompt')

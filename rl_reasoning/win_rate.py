@@ -19,8 +19,10 @@ import numpy as np
 from etils import epath
 
 from rl_reasoning import metrics, train
-from rl_reasoning.config import check
+from rl_reasoning.config import Parser, check
 from rl_reasoning.estimates import bootstrap_interval
+from rl_reasoning.tasks import dataset
+from rl_reasoning.tasks.preference import is_finite
 
 RESAMPLES = 500  # of the length-controlled rate: each is a fit
 RIDGE = (
@@ -41,15 +43,18 @@ class Comparisons(NamedTuple):
 def read_samples(path: str, judge: str) -> dict[int, list[dict]]:
   """problem -> its samples. Raises ConfigError for a file that is missing, empty or no sample file, and where the judge is no column."""
   check(pathlib.Path(path).is_file(), f'{path}: no such file')
-  samples = metrics.read_jsonl(path)
-  check(bool(samples), f'{path}: holds no samples')
   found = collections.defaultdict(list)
-  for line, sample in enumerate(samples, 1):
-    missing = [key for key in ('problem', 'prompt', 'length', 'rewards') if key not in sample]
-    check(not missing, f'{path}:{line}: no {", ".join(missing)}: not a sample of an evaluation')
+  for place, sample in dataset.read(pathlib.Path(path)):
+    for key, kind in {'problem': int, 'prompt': str, 'length': int, 'rewards': dict}.items():
+      check(key in sample, f'{place}: no {key}: not a sample of an evaluation')
+      check(isinstance(sample[key], kind), f'{place}: {key} is {type(sample[key]).__name__}: not a sample of an evaluation')
     columns = sample['rewards']
-    check(judge in columns, f'{path}:{line}: no reward {judge!r}; it has {", ".join(columns) or "none"}')
+    check(judge in columns, f'{place}: no reward {judge!r}; it has {", ".join(columns) or "none"}')
+    check(
+      columns[judge] is None or is_finite(columns[judge]), f'{place}: reward {judge!r} is {columns[judge]!r}, no finite number'
+    )
     found[sample['problem']].append(sample)
+  check(bool(found), f'{path}: holds no samples')
   return dict(found)
 
 
@@ -161,17 +166,17 @@ def win_rate(file_a: str, file_b: str, judge: str) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def command(argv: list[str]) -> None:
-  files = [argument for argument in argv if not argument.startswith('--')]
-  flags = {name: value for name, _, value in (argument[2:].partition('=') for argument in argv if argument.startswith('--'))}
-  check(len(files) == 2, f'{len(files)} files given; write A.jsonl B.jsonl --judge=REWARD')
-  for name in flags:
-    check(name in ('judge', 'out'), f'flag --{name} is unknown; flags are --judge, --out')
-  check(bool(flags.get('judge')), '--judge=REWARD is missing')
-  out = epath.Path(flags.get('out', ''))
-  check(out.parent.is_dir(), f'--out={out}: no folder {out.parent}')
-  result = win_rate(files[0], files[1], flags['judge'])
-  if flags.get('out'):
+def command(argv: Sequence[str]) -> None:
+  parser = Parser(prog='python -m rl_reasoning.win_rate', allow_abbrev=False, description='How often A beats B.')
+  parser.add_argument('a', metavar='A.jsonl', help='samples of an evaluation')
+  parser.add_argument('b', metavar='B.jsonl', help='those of another one, of the same problems')
+  parser.add_argument('--judge', required=True, metavar='REWARD', help='which of their rewards says who wins')
+  parser.add_argument('--out', default='', metavar='FILE.json')
+  flags = parser.parse_args(argv)
+  out = epath.Path(flags.out)
+  check(not flags.out or (out.parent.is_dir() and not out.is_dir()), f'--out={out}: no folder {out.parent}, or a folder itself')
+  result = win_rate(flags.a, flags.b, flags.judge)
+  if flags.out:
     train.write_atomically(out, json.dumps(result, indent=1))
 
   def cell(key: str) -> str:
@@ -181,7 +186,7 @@ def command(argv: list[str]) -> None:
   columns = ('win rate of A', 'length-controlled', 'ties', 'problems', 'tokens A', 'tokens B')
   row = [cell('win_rate'), cell('length_controlled_win_rate'), f'{result["ties"]:.3f}', str(result['problems'])]
   row += [f'{result["length_a"]:.1f}', f'{result["length_b"]:.1f}']
-  metrics.summary_table(f'A: {files[0]}\nB: {files[1]}\njudge: {flags["judge"]}', columns, [row])
+  metrics.summary_table(f'A: {flags.a}\nB: {flags.b}\njudge: {flags.judge}', columns, [row])
 
 
 def main(argv: list[str]) -> int:

@@ -306,7 +306,11 @@ def test_torn_file(serve, tmp_path):
     path.write_text(torn)
     run(server, path, [])
     assert path.read_text() == ''
-  for other, place in (('{"prompt": "x"}\n', 1), ('notes without an end', 1), (whole.decode() + '[]\n', 3)):
+  for other, place in (
+    ('{"prompt": "x"}\n', 1), ('notes without an end', 1), (whole.decode() + '[]\n', 3),
+    ('{"key": "k", "used": [1, 2, 3]}\n', 1), ('{"key": "k", "used": [1e999, 2, 3], "failure": ["x"]}\n', 1),
+    ('{"key": "k", "used": ["a", 2, 3], "failure": ["x"]}\n', 1),
+  ):  # fmt: skip
     path.write_text(other)
     with pytest.raises(ConfigError, match=f'{path}:{place}: no line of a file of answers'):
       run(server, path, [])
@@ -402,6 +406,7 @@ def test_key(serve, tmp_path, monkeypatch):
     ('{"choices": [{"message"', 'no chat completion'),
     ({'choices': []}, 'no choices'),
     ({'choices': [{'message': {'content': ['parts']}}]}, 'is no text'),
+    ('{"choices": [{"message": {}}], "usage": {"prompt_tokens": 1e999}}', 'no chat completion .OverflowError'),
     ({'error': {'message': 'busy'}}, 'no chat completion .*: busy'),
   ],
 )  # fmt: skip
@@ -460,13 +465,29 @@ def test_unreachable(serve, tmp_path, monkeypatch):
 
 def test_settings(tmp_path):
   """Failure: a URL with a password is printed and recorded, or a setting that cannot work is found out late."""
-  for url in ('localhost:8000', 'ftp://x/v1', 'http:///v1', 'http://h/v1?key=3', 'http://['):
+  for url in (
+    'localhost:8000',
+    'ftp://x/v1',
+    'http:///v1',
+    'http://h/v1?key=3',
+    'http://[',
+    'http://h:99999/v1',
+    'http://*.h/v1',
+  ):
     with pytest.raises(ConfigError, match='write it like'):
       Client(Endpoint(url, 'm'), tmp_path / 'a')
-  with pytest.raises(ConfigError, match='holds a user name') as error:
-    Client(Endpoint('http://me:hush@h/v1', 'm'), tmp_path / 'a')
-  assert 'hush' not in str(error.value)
-  for wrong in ({'concurrency': 0}, {'attempts': 0}, {'timeout': 0}, {'backoff': -1}):
+  for url in ('http://me:hush@h/v1', 'http://me:hush@h:99999/v1', 'http://me:hush@['):
+    with pytest.raises(ConfigError, match='holds a user name') as error:
+      Client(Endpoint(url, 'm'), tmp_path / 'a')
+    assert 'hush' not in str(error.value)
+  for wrong in (
+    {'concurrency': 0},
+    {'attempts': 0},
+    {'timeout': 0},
+    {'timeout': float('inf')},
+    {'timeout': float('nan')},
+    {'backoff': -1},
+  ):
     with pytest.raises(ConfigError):
       Client(dataclasses.replace(Endpoint('http://h/v1', 'm'), **wrong), tmp_path / 'a')
   assert not (tmp_path / 'a').exists()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from launch import sweep_entries
-from rl_reasoning import build, collect, config, data, evaluators, metrics, model, optim, pipeline, rollout, sharding
+from rl_reasoning import build, collect, config, data, evaluators, metrics, model, optim, pipeline, rollout, sharding, weights
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
@@ -178,7 +178,8 @@ BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_d
 # They act from the second step on: tests/test_data.py, and test_features_are_remembered.
 ELSEWHERE = {'data.curriculum_floor', 'data.mixture.b.task', 'data.mixture.b.train_size', 'optim.cache_features'}
 
-# They stand in the program; that they decide nothing is test_what_stands_by and tests/test_ppo.py. The last ones are made wherever they are set.
+# They stand in the program; that they decide nothing is test_what_stands_by and tests/test_ppo.py. The last ones are made wherever they
+# are set.
 STANDS_BY = {
   'objective.epsilon', 'objective.epsilon_high', 'objective.delta', 'objective.importance_sampling_level', 'objective.cliprange',
   'objective.cliprange_value', 'data.pretrain', 'roles.reward', 'rewards.combinations', 'optim.cache_features',
@@ -353,11 +354,10 @@ def test_features_are_remembered(running):
     count = len(calls)
     again = first_rows(run, state).batch
     assert len(calls) == count
-    plain = again.replace(extras={k: v for k, v in again.extras.items() if k != 'features'})
-    ready = [run.steps.prepare(state, b)[0] for b in (again, plain)]
-    losses = [run.steps.update(jax.tree.map(jnp.copy, state), b)[1]['loss'].total for b in ready]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    after = jax.device_get(run.steps.update(state, ready[0])[0].params['policy'])
+    rows = again.tokens, again.segment_NT, again.position_NT
+    given = model.trunk(state.params['policy'], run.arch, *rows, 1, 'float32') * (again.segment_NT > 0)[..., None]
+    np.testing.assert_allclose(again.extras['features'], given, atol=1e-5)
+    after = jax.device_get(run.steps.update(state, run.steps.prepare(state, again)[0])[0].params['policy'])
   for name, moved in (('embed', False), ('score', True)):
     assert np.any(after[name] != before[name]) == moved, name
   for name, x in after['layers'].items():
@@ -593,6 +593,8 @@ def test_batch_sizes():
     'prompts_per_step': 16, 'completions_per_step': 16, 'updates_per_step': 1, 'completions_per_update': 16,
     'completions_per_micro_batch': 16, 'max_tokens_per_step': 16 * 64,
   }  # fmt: skip
+  resolved, objective, _ = resolve(SETTINGS['ppo, of another kind'])  # a row of data beside four completions
+  assert build.batch_sizes(resolved, objective)['max_tokens_per_step'] == 8 * (4 * (32 + 16) + 64)
 
 
 def test_explain():
@@ -611,6 +613,10 @@ def test_explain():
   assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
   uneven = config.resolve(config.merge(GRPO, {'objective': {'num_minibatches': 3}}))
   assert "'objective.num_minibatches': 32 rows" in refusal(build.explain, uneven, set(), 1)
+  hasty = config.resolve(config.merge(SETTINGS['ppo, of another kind'], {'objective': {'kl_horizon': 6}}))
+  assert "'objective.kl_horizon': 6 is too short for 32 completions" in refusal(build.explain, hasty, set(), 1)
+  judge = build.explain(config.resolve(SETTINGS['reward_model']), set(), 1)
+  assert judge['parameters'] == sum(sizes) + 64  # the scalar head; the embedding is tied
 
 
 def test_lower_bound_that_never_clips():
@@ -627,6 +633,51 @@ def test_reference_of_another_architecture(tmp_path):
   })  # fmt: skip
   text = refusal(resolve, settings)
   assert "'roles.ref.init': tests/fixtures/qwen2 is of another architecture" in text and 'rope_theta: 500.0 -> 300.0' in text
+  for source, arch, wanted in (
+    ('tests/fixtures/qwen2', 'llama', 'is of another architecture'),
+    ('tests/fixtures/classifier', 'classifier', 'is a reward model'),
+  ):
+    run = SimpleNamespace(config=config.resolve(GRPO), speaks=True, arch=build.read_arch(f'tests/fixtures/{arch}'))
+    text = refusal(evaluators.check_problems, run, {}, {'e': evaluators.Evaluator(temperature=1.0, kl_to=source)})
+    assert text.startswith(f"config key 'eval.evaluators.e.kl_to': {source} {wanted}")
+
+
+def test_trunks_of_other_roles(tmp_path, monkeypatch):
+  """Failure: a reference that starts elsewhere is fed what the policy's frozen layers give, or a critic with fewer layers than are frozen
+  has none left to train."""
+  for name, layers in (('ref', 2), ('critic', 1)):
+    (tmp_path / name).mkdir()
+    arch = dataclasses.replace(PRESETS['tiny'], num_hidden_layers=layers)
+    (tmp_path / name / 'config.json').write_text(json.dumps(weights.hf_config(arch, 'lm')))
+  make_net, frozen = model.make_net, []
+  monkeypatch.setattr(model, 'make_net', lambda *given, **keys: frozen.append(keys['frozen_layers']) or make_net(*given, **keys))
+  dpo = config.merge(SETTINGS['dpo'], {'optim': {'frozen_layers': 1, 'cache_features': True}})
+  for init, wanted in (('', [1, 1]), (str(tmp_path / 'ref'), [1, 0])):  # of the policy, of the reference
+    frozen.clear()
+    build.build(config.resolve(config.override(dpo, 'roles.ref.init', init)))
+    assert frozen == wanted
+  ppo = config.merge(SETTINGS['ppo'], {'optim': {'frozen_layers': 1}, 'roles': {'critic': {'init': str(tmp_path / 'critic')}}})
+  assert "'optim.frozen_layers': 1 of the critic's 1 layers" in refusal(build.build, config.resolve(ppo))
+
+
+def test_pretraining_rows():
+  """Failure: a key of the second stream is taken and read by nobody, or a row of it that the run never reads is refused, or one that it
+  reads is not."""
+  chosen = SETTINGS['ppo, of another kind']
+  for key, value, wanted in (('weight', 2.0, 'cannot act: objective.ptx_coef'), ('train_size', -1, 'must not be negative')):
+    text = refusal(resolve, config.override(chosen, f'data.pretrain.{key}', value))
+    assert f"'data.pretrain.{key}'" in text and wanted in text
+  resolved, objective, _ = resolve(config.override(chosen, 'total_steps', 1))  # reads 8 of them
+  source = data.Source([{'row': json.dumps({'prompt': str(n), 'completion': 'a' * 70 * (n == 5)})} for n in range(24)])
+  tok = SimpleNamespace(encode=list, end_id=0)
+  run = SimpleNamespace(config=resolved, objective=objective, tokenizer=tok)
+
+  def check(seed):
+    collect.check_rows(run, SimpleNamespace(preview=lambda count: [], pretrain=source, seed=seed))
+
+  meets = ['5' in [row['prompt'] for row in data.batch(source, 0, 8, seed)[0]] for seed in range(8)]
+  check(meets.index(False))
+  assert "'data.max_length': 64, but a row has 72 tokens" in refusal(check, meets.index(True))
 
 
 def test_template_is_inherited(tmp_path):

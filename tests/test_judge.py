@@ -79,7 +79,9 @@ def row(*responses, prompt='Say something.', **more):
 def test_both_orders(judging, tmp_path):
   """Failure: a response wins by its place, the winner of the second order is read as if it were the first, or ties are lost."""
   server = judging(longer)
-  found, summary = run(server, tmp_path, [row('no', 'longer'), row('longest', 'short'), row('same', 'size'), row('x ', ' x')])
+  found, summary = run(
+    server, tmp_path, [row('no', 'longer'), row('longest', 'short'), row('same', 'size', ' '), row('x ', ' x')]
+  )
   assert [(r['responses'], r['ranks']) for r in found] == [
     (['no', 'longer'], [1, 0]), (['longest', 'short'], [0, 1]), (['same', 'size'], [0, 0]),
   ]  # fmt: skip
@@ -90,7 +92,7 @@ def test_both_orders(judging, tmp_path):
   assert all(body['temperature'] == 0 and body['max_tokens'] == 1024 for body in server.bodies)
   assert summary['pairs_by_outcome'] == {'won': 2, 'tie': 1}
   assert (summary['rows'], summary['pairs'], summary['requests'], summary['kept']) == (4, 3, 6, 3)
-  assert summary['rows_dropped'] == {'equal_responses': 1}
+  assert summary['rows_dropped'] == {'nothing_to_compare': 1}
   assert summary['first_shown_won'] == 0.5 and summary['orders_agree'] == 1 and summary['verdicts'] == {'A': 2, 'B': 2, 'C': 2}
   assert (summary['posts'], summary['prompt_tokens'], summary['completion_tokens']) == (6, 60, 30)
 
@@ -170,7 +172,7 @@ def test_rankings(judging, tmp_path):
   assert [r['ranks'] for r in found] == [[1, 3, 0, 2], [1, 0]] and found[0]['responses'] == rows[0]['responses']
   assert found[1]['responses'] == ['b ', 'bbb']
   assert len(server.bodies) == 12 + 2 == summary['requests'] == 2 * summary['pairs']
-  assert summary['rows_dropped'] == {'equal_responses': 1} and summary['kept'] == 2
+  assert summary['rows_dropped'] == {'nothing_to_compare': 1} and summary['kept'] == 2
 
   def wavers(a, b):
     return longer(a, b) if 'x' not in a + b else 'A'
@@ -270,6 +272,8 @@ def test_bad_flags(tmp_path, capsys):
   rubric.write_text(' \n')
   (tmp_path / 'mine.jsonl').write_text('precious')
   (tmp_path / 'empty.jsonl').write_text('')
+  (tmp_path / 'binary').write_bytes(b'\xff')
+  (tmp_path / 'folder.jsonl').mkdir()
   good = {'file': str(source), 'out': f'{tmp_path}/out.jsonl', 'base-url': 'http://127.0.0.1:1/v1', 'model': 'm'}
   for changes, message in (
     ({'out': str(source)}, 'it is the file that is read'),
@@ -281,6 +285,12 @@ def test_bad_flags(tmp_path, capsys):
     ({'file': f'{tmp_path}/empty.jsonl'}, 'has no rows'),
     ({'rubric': f'{tmp_path}/none'}, 'no such file'),
     ({'rubric': str(rubric)}, 'is empty'),
+    ({'rubric': f'{tmp_path}/binary'}, 'no text'),
+    ({'out': f'{tmp_path}/folder.jsonl'}, 'it is a folder'),
+    ({'options': '{"temperature": NaN}'}, '--options: not JSON'),
+    ({'options': '{"max_tokens": "x"}'}, "the option max_tokens is 'x'"),
+    ({'concurrency': 'x'}, "argument --concurrency: invalid int value: 'x'"),
+    ({'seed': '0'}, 'unrecognized arguments: --seed=0'),
     ({'options': '{'}, '--options: not JSON'),
     ({'options': '[]'}, '--options: not a JSON object'),
     ({'options': '{"n": 2, "model": "x"}'}, '--options: model, n cannot be set here'),
@@ -292,7 +302,7 @@ def test_bad_flags(tmp_path, capsys):
     flags = good | changes
     argv = [flags.pop('file'), *(f'--{name}={value}' for name, value in flags.items())]
     assert judge.exit_code(judge.command, argv) == 2
-    assert re.search(f'^error: .*{re.escape(message)}', capsys.readouterr().err), message
+    assert re.fullmatch(f'error: .*{re.escape(message)}.*\n', capsys.readouterr().err), message
   assert (tmp_path / 'mine.jsonl').read_text() == 'precious' and not (tmp_path / 'out.jsonl').exists()
 
 
@@ -311,7 +321,7 @@ def pairs(tmp_path, rows, *flags, name='pairs.jsonl'):
 def test_verified_pairs(tmp_path):
   """Failure: a wrong response is preferred, no verdict counts as a wrong one, a text is against itself, or rows of a prompt stay apart."""
   rows = [
-    row('r1', 'w1', 'none', 'r1 ', correct=[True, False, None, 1.0], prompt='p'),
+    row('r1', 'w1', 'none', 'r1 ', ' ', correct=[True, False, None, 1.0, 0], prompt='p'),
     row('r', 'r too', prompt='easy', correct=[1, 1]),
     row('w2', 'half', 'both', prompt='p', correct=[0, 0.5, 1]),
     row('w', prompt='hard', correct=[0]),
@@ -325,7 +335,8 @@ def test_verified_pairs(tmp_path):
   assert sorted(r['responses'] for r in found if r['prompt'] == 'p') == [['r1', 'half'], ['r1', 'w1'], ['r1', 'w2']]
   assert [r['responses'] for r in found if r['prompt'] != 'p'] == [['r', 'w']] and found[-1]['prompt'] == rows[-1]['prompt']
   assert summary == {
-    'prompts': 5, 'pairs': 4, 'responses': 15, 'responses_without_verdict': 3, 'responses_repeated': 2, 'texts_with_both_verdicts': 1,
+    'prompts': 5, 'pairs': 4, 'responses': 16, 'responses_without_verdict': 3, 'responses_empty': 1, 'responses_repeated': 2,
+    'texts_with_both_verdicts': 1,
     'prompts_all_verified': 1, 'prompts_none_verified': 1, 'prompts_without_verdict': 1,
   }  # fmt: skip
 

@@ -236,3 +236,39 @@ def test_impossible_architectures(field, value):
   """Failure: an impossible architecture is found by a shape error far away, or not at all."""
   with pytest.raises(ValueError, match=field):
     dataclasses.replace(ARCH, **{field: value})
+
+
+def test_frozen_layers(params):
+  """Failure: what is frozen has a gradient (a tied embedding through the head), the layers above have none, or features that are given stand
+  in for other layers than those that would have made them."""
+  texts = [np.arange(6), np.arange(3, 12)]
+  batch = rows(texts, 9)
+  features = model.trunk(params, ARCH, batch.tokens, batch.segment_NT, batch.position_NT, 1, 'float32')
+  net = model.make_net(ARCH, lambda rows: 1.0, dtype='float32', remat='none', frozen_layers=1)
+
+  def total(params, batch):
+    return net.logp(params, batch)[0].sum()
+
+  loss = jax.jit(jax.value_and_grad(total))
+  (plain, gradient), (given, same) = loss(params, batch), loss(params, batch.replace(extras={'features': features}))
+  assert_close(given, plain)
+  assert_close(plain, log_probs(params, ARCH, batch)[0].sum())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, same)
+  assert not np.any(gradient['embed']) and np.any(gradient['final_norm'])
+  for x in gradient['layers'].values():
+    assert not np.any(x[0]) and np.all(np.any(x[1:].reshape(x.shape[0] - 1, -1), axis=1))
+
+
+def test_scores_and_values_share_a_pass(params):
+  """Failure: the scalar head reads another state than the one after its token, padding scores, or one pass gives other numbers than two."""
+  both = model.init(jax.random.key(3), ARCH, ('lm', 'scalar'))
+  batch = rows([np.arange(6), np.arange(3, 12)], 9)
+  net = model.make_net(ARCH, lambda rows: 1.0, dtype='float32', remat='none')
+  logp, entropy, scores = jax.jit(net.logp_and_scores)(both, batch)
+  assert entropy is None and not np.any(np.asarray(scores)[np.asarray(batch.segment_NT) == 0])
+  assert_close(scores, jax.jit(net.scores)(both, batch))
+  assert_close(logp, log_probs(both, ARCH, batch)[0])
+  changed = batch.replace(tokens=np.asarray(batch.tokens).copy())
+  changed.tokens[1, 5] = 0
+  moved = np.abs(np.asarray(jax.jit(net.scores)(both, changed)) - np.asarray(scores))[1] > 1e-6
+  assert not moved[:5].any() and moved[5:].all()

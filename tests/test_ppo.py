@@ -602,10 +602,11 @@ def test_controller():
     assert kl == pytest.approx(6.0, rel=0.02) and float(aux['kl_coef']) == pytest.approx(0.18, rel=0.03)
   fixed = make()
   assert fixed.init_aux() == {} and fixed.adapt({}, {}) == {}
-  rows = make_rows()
-  hasty = make(kl_controller='adaptive', kl_horizon=2)
-  with pytest.raises(ConfigError, match=r"'objective.kl_horizon': 2 is too short for 16 completions .* above 3.2"):
-    hasty.prepare(hasty.init_aux(), scored(hasty, rows))
+  hasty = make(kl_controller='adaptive', kl_horizon=16, num_generations=4)
+  with pytest.raises(ConfigError, match=r"'objective.kl_horizon': 16 is too short for 80 completions .* above 16$"):
+    hasty.check_step(20)
+  hasty.check_step(19)
+  make(kl_horizon=16, num_generations=4).check_step(20)  # a fixed coefficient stays
 
 
 # key -> a value that is refused

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from rl_reasoning import metrics
+from rl_reasoning import evaluators, metrics
 from rl_reasoning.advantages import weigh
+from rl_reasoning.config import Config, Role, Roles
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.objectives.preference import SETTINGS, Preference
 from rl_reasoning.structs import DATA, ROLLOUT, Batch
@@ -319,6 +320,28 @@ def test_dpo_is_the_sigmoid_of_the_implicit_reward_margin():
   assert value == pytest.approx(math.log(2)) and found['rewards/accuracies'] == 0.5 and found['rewards/margins'] == 0
   of_it = metrics.summarise(of_it)
   assert single == pytest.approx(-math.log(sigmoid(of_it['rewards/chosen'] - of_it['rewards/rejected']))) and single != value
+
+
+@pytest.mark.parametrize(
+  'keys', [{'average_log_prob': True}, {'name': 'simpo'}, {'name': 'orpo'}, {'name': 'cpl', 'cpl_gamma': 0.7}]
+)
+def test_held_out_pairs_are_ranked_by_the_same_reward(keys, monkeypatch):
+  """Failure: an evaluator of kind ranking scores responses by something else than what the objective has trained (for SimPO, by a sum,
+  which pays for brevity)."""
+  objective, rows, told = make(**keys), make_rows(), []
+  monkeypatch.setattr(evaluators, 'masked_logp', lambda params, arch, batch, *_: batch.mask_NT * params)
+  monkeypatch.setattr(evaluators.ranking_evaluator, 'evaluate_rankings', lambda scores, *_, **__: told.append(scores) or ({}, []))
+  config = Config(roles=Roles(policy=Role(template='plain')))
+  seen = SimpleNamespace(config=config, speaks=True, objective=objective, arch=None, tokenizer=None, mesh=None)
+  frozen = {'ref': rows.ref} if objective.refers else {}
+  with jax.enable_x64(True):
+    batch, _, ((_, more), _) = run(objective, rows.logp, to_batch(rows, False))
+    evaluators.rank(
+      seen, rows.logp[batch.tokens[:, 0]], [], 'held out', {k: v[batch.tokens[:, 0]] for k, v in frozen.items()}, None
+    )
+    scores = np.asarray(told[0](batch)).reshape(-1, 2)[np.asarray(batch.mask_NT).any(axis=1)[::2]]
+  found = metrics.summarise(jax.device_get(more))
+  assert scores.mean(axis=0) == pytest.approx([found['rewards/chosen'], found['rewards/rejected']], rel=1e-6)
 
 
 def test_certain_completions_have_finite_odds():

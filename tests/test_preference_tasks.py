@@ -221,7 +221,7 @@ def test_splits_of_preferences(tmp_path):
   train, test = (make('preference', single, split) for split in ('train', 'test'))
   assert len(train) + len(test) == 300 and 15 < len(test) < 50 and not [row for row in test if row in train]
   assert all(is_test(dataset.identity(row)) for row in test) and not any(is_test(dataset.identity(row)) for row in train)
-  held_out = [{row['prompt'] for row in train + test if dataset.is_held_out(row, share)} for share in (0.1, 0.25, 0.5)]
+  held_out = [{row['prompt'] for row in train + test if is_test(dataset.identity(row), share)} for share in (0.1, 0.25, 0.5)]
   assert held_out[0] < held_out[1] < held_out[2] and 50 < len(held_out[1]) < 100 and 120 < len(held_out[2]) < 180
 
 
@@ -379,7 +379,14 @@ def test_pandalm(tmp_path, capsys):
   assert len(make('pandalm', tmp_path / 'testset-v1.json', size=1)) == 1
   with pytest.raises(ConfigError, match=r"'data\.task': 'pandalm' is for evaluation only"):
     make('pandalm', tmp_path, 'train')
-  for key, value in (('annotator2', 3), ('annotator2', True), ('annotator2', None), ('annotator2', '1'), ('input', KeyError)):
+  for key, value in (
+    ('annotator2', 3),
+    ('annotator2', True),
+    ('annotator2', None),
+    ('annotator2', '1'),
+    ('input', KeyError),
+    ('input', ['It.']),
+  ):
     row = {k: value if k == key else v for k, v in JUDGED.items() if not (k == key and value is KeyError)}
     (tmp_path / 'testset-v1.json').write_text(json.dumps([JUDGED, row]))
     with pytest.raises(ConfigError, match=rf'testset-v1\.json:2: .*{key[:9]}'):
@@ -524,7 +531,7 @@ def test_torn_line(tmp_path, monkeypatch):
     assert [json.loads(line)['row'] for line in out.read_text().splitlines()] == (['0', '1', '2'] if complete else ['0', '2'])
 
 
-@pytest.mark.parametrize('content', ['notes\n', 'notes', '{"prompt": "a"}\n', '{"row": 1}\nx', '[]\n', '\n'])
+@pytest.mark.parametrize('content', ['notes\n', 'notes', '{"prompt": "a"}\n', '{"row": 1}\nx', '{"row": [1]}\n', '[]\n', '\n'])
 def test_file_of_another_kind(session, tmp_path, content):
   """Failure: a file that is not of this tool is cut or written into."""
   out = tmp_path / 'ranked_train.jsonl'
@@ -554,6 +561,10 @@ def test_refused_by_the_tool(session, tmp_path, capsys, monkeypatch):
       "column 'responses' is ", ''
     )
   assert 'no row has two' in error(write(tmp_path / 'bad.jsonl', SAMPLES[2:3]))
+  assert 'no row has two' in error(write(tmp_path / 'bad.jsonl', [{**SAMPLES[0], 'prompt': [{'role': 'user', 'content': ' '}]}]))
+  (tmp_path / 'bad.jsonl').write_text('[' * 100_000)
+  assert 'bad.jsonl:1: not JSON' in error(tmp_path / 'bad.jsonl')
+  assert error(path, '--seed=x').count('\n') == 1
 
   def full(_):
     raise OSError(28, 'No space left on device')

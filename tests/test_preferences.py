@@ -160,6 +160,8 @@ def test_overlong():
     ('rankings', {'prompt': []}, 'the prompt is no text'),
     ('rankings', {'prompt': [{'role': 'user', 'content': ''}]}, 'the prompt is no text'),
     ('rankings', {'prompt': [{'role': 'user'}]}, 'the prompt is no text'),
+    ('rankings', {'ranks': [0, 10**400]}, 'rank 1000.* is no number'),
+    ('rankings', {'ranks': [False, True]}, 'rank False is no number'),
     ('unpaired', {'completion': ''}, "completion '' is no text, or empty"),
     ('verdicts', {'label': 1.5}, r'label 1.5 is no number in \[0, 1\]'),
     ('verdicts', {'label': None}, r'label None is no number in \[0, 1\]'),

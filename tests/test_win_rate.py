@@ -112,7 +112,11 @@ def test_all_alike(tmp_path, reward, rate):
     ([sample(0, 1.0)], [sample(0, 1.0), sample(2, 1.0)], r'a\.jsonl: lacks 1 of the problems, the first is problem \[2\]'),
     ([sample(0, 1.0)], [sample(0, 1.0, prompt='q')], r'problem 0 has different prompts'),
     ([sample(0, 1.0), sample(1, 1.0, rewards={'format': 1.0})], [], r"a\.jsonl:2: no reward 'judge'; it has format"),
-    ([{'step': 3}], [], r'a\.jsonl:1: no problem, prompt, length, rewards: not a sample of an evaluation'),
+    ([{'step': 3}], [], r'a\.jsonl:1: no problem: not a sample of an evaluation'),
+    ([sample(0, 1.0), sample(0, float('nan'))], [], r"a\.jsonl:2: reward 'judge' is nan, no finite number"),
+    ([sample(0, 'won')], [], r"a\.jsonl:1: reward 'judge' is 'won', no finite number"),
+    ([sample(0, 1.0, rewards=None)], [], r'a\.jsonl:1: rewards is NoneType: not a sample'),
+    ([sample(0, 1.0, prompt=[])], [], r'a\.jsonl:1: prompt is list: not a sample'),
     ([sample(0, None)], [sample(0, 1.0)], r"reward 'judge' gave no verdict"),
   ],
 )
@@ -132,7 +136,10 @@ def test_command(tmp_path, capsys):
   assert win_rate.main([*files, '--judge=judge', f'--out={out}']) == 0
   assert json.loads(out.read_text()) == win_rate.win_rate(*files, 'judge')
   assert '1.000 [1.000, 1.000]' in capsys.readouterr().out
-  wrong = (([files[0], '--judge=judge'], '1 files'), (files, '--judge'), ([*files, '--judge=judge', '--seed=1'], '--seed'),
-           ([*files, '--judge=judge', f'--out={tmp_path}/no/x.json'], 'no folder'))  # fmt: skip
+  wrong = (([files[0], '--judge=judge'], 'B.jsonl'), (files, '--judge'), ([*files, '--judge=judge', '--seed=1'], '--seed'),
+           ([*files, '--judge=judge', f'--out={tmp_path}/no/x.json'], 'no folder'),
+           ([*files, '--judge=judge', f'--out={tmp_path}'], 'itself'))  # fmt: skip
   for arguments, message in wrong:
-    assert win_rate.main(arguments) == 2 and message in capsys.readouterr().err
+    assert win_rate.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith('error: ') and told.count('\n') == 1

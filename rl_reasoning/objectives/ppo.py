@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
-from rl_reasoning.config import ConfigError
+from rl_reasoning.config import check
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import ROLLOUT, Array, Batch, Max, Mean, Sum
@@ -152,6 +152,15 @@ class Ppo:
   def reads(self) -> str:
     return 'text' if self.ptx_coef else ''
 
+  def check_step(self, prompts: int) -> None:
+    """Raises ConfigError where one step of the controller could take the coefficient to 0 or below."""
+    most = KL_ERROR_BOUND * prompts * self.num_generations
+    check(
+      not self.adaptive or most < self.kl_horizon,
+      f"config key 'objective.kl_horizon': {self.kl_horizon} is too short for {prompts * self.num_generations} completions a step: one "
+      f'step could take the coefficient to 0 or below; it must be above {most:g}',
+    )
+
   def inert(self) -> dict[str, str]:
     """key -> why it cannot act beside the others."""
     dead = {}
@@ -266,11 +275,6 @@ class Ppo:
     G, given = self.num_generations, self.given
     rows = jax.tree.map(self.rollout_rows, batch)
     completions = float(rows.mask_NT.shape[0])
-    if self.adaptive and KL_ERROR_BOUND * completions >= self.kl_horizon:
-      raise ConfigError(
-        f"config key 'objective.kl_horizon': {self.kl_horizon} is too short for {completions:g} completions a step: one step could take "
-        f'the coefficient to 0 or below; it must be above {KL_ERROR_BOUND * completions:g}'
-      )
     reward, has = advantages.combine_rewards(rows.rewards_NR, rows.has_reward_NR, rows.failed_NR, given.reward_weights, G)
     metrics = rollout_metrics(rows, reward, has, given.reward_names, G)
     score, new_aux = self.final_score(aux, reward, has, rows.truncated_N)

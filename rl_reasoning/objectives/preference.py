@@ -223,24 +223,24 @@ class Preference:
     logp, _ = nets['policy'].logp(params['policy'], batch)
     return self.of_pairs(logp, batch) if self.paired else self.of_completions(logp, batch)
 
+  def implicit_reward(self, logp: Array, logp_ref: Any, mask: Array) -> Array:
+    """[N], of completions that are not packed: how much better each is held to be. A reference is read where there is one."""
+    logps, length = total(logp, mask), jnp.maximum(jnp.sum(mask, axis=1), 1)
+    if self.refers:
+      h = total(logp - logp_ref, mask)
+      return self.beta * (h / length if self.average_log_prob else h)
+    if self.loss_type == 'simpo':
+      return self.beta * logps / length
+    if self.loss_type == 'orpo':
+      return self.orpo_lambda * logps / length
+    place = jnp.cumsum(mask, axis=1) - mask  # of a token in its completion, from 0
+    return self.cpl_alpha * total(self.cpl_gamma**place * logp, mask)
+
   def of_pairs(self, logp: Array, batch: Batch):
     mask = batch.mask_NT
-
-    def total(x: Array) -> Array:  # [U, 2]: the preferred completion, the other
-      return jnp.sum(jnp.where(mask > 0, x, 0.0), axis=1).reshape(-1, 2)
-
-    logps, length = total(logp), jnp.maximum(total(mask), 1)
-    mean = logps / length
-    if self.refers:
-      h = total(logp - batch.logp_ref_NT)
-      reward = self.beta * (h / length if self.average_log_prob else h)
-    elif self.loss_type == 'simpo':
-      reward = self.beta * mean
-    elif self.loss_type == 'orpo':
-      reward = self.orpo_lambda * mean
-    else:
-      place = jnp.cumsum(mask, axis=1) - mask  # of a token in its completion, from 0
-      reward = self.cpl_alpha * total(self.cpl_gamma**place * logp)
+    logps, length = (x.reshape(-1, 2) for x in (total(logp, mask), jnp.maximum(jnp.sum(mask, axis=1), 1)))
+    mean = logps / length  # [U, 2]: the preferred completion, the other
+    reward = self.implicit_reward(logp, batch.logp_ref_NT, mask).reshape(-1, 2)
     margin, nll = reward[:, 0] - reward[:, 1], -mean[:, 0]
     weight = batch.weight_NT.reshape(margin.shape[0], -1).sum(axis=1)
     alive = jnp.any(mask.reshape(margin.shape[0], -1) > 0, axis=1).astype(jnp.float32)
@@ -295,6 +295,11 @@ class Preference:
 
   def adapt(self, aux, metrics):
     return aux
+
+
+def total(x_NT: Array, mask_NT: Array) -> Array:
+  """[N]: the sum over the masked tokens of each row. What is not finite elsewhere does not count."""
+  return jnp.sum(jnp.where(mask_NT > 0, x_NT, 0.0), axis=1)
 
 
 def best_and_worst(batch: Batch, value_N: Array, has_N: Array, group: int) -> tuple[Batch, dict]:

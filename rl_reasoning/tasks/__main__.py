@@ -9,14 +9,13 @@ interrupted.
 
 from __future__ import annotations
 
-import argparse
 import getpass
 import io
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning.config import Parser, check, exit_code
 from rl_reasoning.tasks import dataset
 from rl_reasoning.tasks.rank import rank
 
@@ -35,7 +34,7 @@ def user() -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python -m rl_reasoning.tasks', allow_abbrev=False)
+  parser = Parser(prog='python -m rl_reasoning.tasks', allow_abbrev=False)
   commands = parser.add_subparsers(required=True, metavar='rank')
   ranks = commands.add_parser('rank', help='rank completions by hand', allow_abbrev=False)
   ranks.add_argument('file', metavar='FILE', type=pathlib.Path, help='rows of prompt and responses')
@@ -55,15 +54,7 @@ def main(argv: Sequence[str]) -> int:
   for stream in (sys.stdin, sys.stdout):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')  # a terminal that is not of UTF-8 ends no session
-  try:
-    command(argv)
-  except ConfigError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('\ninterrupted; the same command goes on', file=sys.stderr)
-    return 130
-  return 0
+  return exit_code(command, argv)
 
 
 if __name__ == '__main__':

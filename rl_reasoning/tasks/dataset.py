@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import itertools
 import json
-import math
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rl_reasoning.config import ConfigError, check
+from rl_reasoning.tasks.procedural import is_test
 
 ENDINGS = ('.jsonl', '.json', '.parquet', '.jsonl.gz', '.json.gz')
 
@@ -74,7 +73,7 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
         try:
           found = json.loads(text)  # it finds the encoding, and leaves a byte order mark out
           json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs pass as JSON, and no tokenizer takes them
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
           raise ConfigError(f'{path}:{number}: not JSON in UTF-8: {error}') from None
         for place, row in enumerate(found, 1) if array else [(number, found)]:
           check(isinstance(row, dict), f'{path}:{place}: not a JSON object')
@@ -89,12 +88,6 @@ def identity(row: Mapping) -> str:
   turns = [] if isinstance(asked, str) else [m['content'] for m in asked if m['role'] not in ('system', 'assistant')]
   text = asked if isinstance(asked, str) else ' '.join(turns)
   return ' '.join(text.lower().split())
-
-
-def is_held_out(row: Mapping, share: float) -> bool:
-  """Whether a row of a file that holds both splits is of the test split: `share` of the problems, by a hash of what is asked, so that a
-  problem stays where it is when the file grows. A tenth is held out as procedural.is_test does."""
-  return hashlib.sha256(identity(row).encode()).digest()[0] < math.ceil(256 * share)
 
 
 def check_messages(place: str, column: str, messages) -> None:
@@ -143,8 +136,8 @@ def split_rows(
   """The first `size` rows of the files `find(path, split)`, in their order, each through `convert(row, place)`, which gives None for a row
   to leave out.
 
-  Of a file that is `mixed` (default: of a path that is a single file) `share` of the problems, by hash, are the test split. A training row
-  whose prompt is in the test split is left out.
+  Of a file that is `mixed` (default: of a path that is a single file) `share` of the problems, by a hash of what is asked, are the test
+  split: a problem stays where it is when the file grows. A training row whose prompt is in the test split is left out.
   """
 
   def converted(name: str) -> Iterator[dict]:
@@ -152,7 +145,7 @@ def split_rows(
       both = mixed(file) if mixed else is_single(path)
       for place, found in read(file):
         row = convert(found, place)
-        if row is not None and (not both or is_held_out(row, share) == (name == 'test')):
+        if row is not None and (not both or is_test(identity(row), share) == (name == 'test')):
           yield row
 
   held_out = {identity(row) for row in converted('test')} if split == 'train' and not is_single(path) else set()

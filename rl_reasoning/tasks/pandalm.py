@@ -30,6 +30,7 @@ def read_text(row: dict, place: str, column: str) -> str:
   """A few fields hold what JSON made of the text: true, a number."""
   check(column in row, f'{place}: no column {column!r}; columns: {", ".join(row)}')
   value: Any = row[column]
+  check(not isinstance(value, (dict, list)), f'{place}: column {column!r} is {type(value).__name__}, not text')
   return '' if value is None else str(value).strip()
 
 

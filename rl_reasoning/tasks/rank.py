@@ -18,11 +18,11 @@ import re
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rl_reasoning.config import ConfigError, check, digest
 from rl_reasoning.tasks import dataset
-from rl_reasoning.tasks.preference import read_prompt, read_texts
+from rl_reasoning.tasks.preference import read_prompt, read_texts, turns_of
 
 HELP = "rank them as in '2 1=3' (best first, = for a tie) | s skip | u undo | q quit"
 BEGINNING = b'{"prompt": '
@@ -36,7 +36,8 @@ class Item(NamedTuple):
 
 
 def read_items(path: pathlib.Path) -> tuple[list[Item], int]:
-  """(rows to rank, how many have nothing to compare). A row that stands twice counts once. Raises ConfigError naming file and line."""
+  """(rows to rank, how many have nothing to compare or an empty turn). A row that stands twice counts once. Raises ConfigError naming file
+  and line."""
   check(path.is_file(), f'{path}: no such file')
   items: dict[str, Item] = {}
   unusable = 0
@@ -46,7 +47,7 @@ def read_items(path: pathlib.Path) -> tuple[list[Item], int]:
     distinct: dict[str, str] = {}
     for text in filter(str.strip, texts):
       distinct.setdefault(text.strip(), text)
-    if len(distinct) < 2:
+    if len(distinct) < 2 or not all(turn.strip() for turn in turns_of(prompt)):
       unusable += 1
       continue
     key = digest([prompt, texts])
@@ -144,9 +145,11 @@ class Ranked:
 
   def read_row(self, line: bytes, number: int) -> str:
     try:
-      return json.loads(line)['row']
+      row: Any = json.loads(line)['row']
+      check(isinstance(row, str), 'no hash')
     except (ValueError, KeyError, TypeError):
       raise ConfigError(f'{self.path}:{number}: no ranking of this tool; name another file by --out') from None
+    return row
 
   def write(self, data: bytes) -> None:
     try:
@@ -201,7 +204,7 @@ def rank(path: pathlib.Path, out: pathlib.Path, seed: int, ranked_by: str) -> No
   items, unusable = read_items(path)
   known = {item.key: item for item in items}
   if unusable:
-    print(f'{path}: {unusable:,} rows are left out: fewer than two different responses')
+    print(f'{path}: {unusable:,} rows are left out: fewer than two different responses, or an empty turn')
   with Ranked(out) as ranked:
     answered = [(known.get(key), True) for key, _ in ranked.history]  # (None for a row of another file, is it in the output?)
     done = {key for key, _ in ranked.history}
