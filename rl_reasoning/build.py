@@ -521,9 +521,13 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
 
   features = None
   if config.optim.cache_features:
-    of = jax.jit(lambda params, *rows: model.trunk(params, arch, *rows, frozen_layers, config.model.dtype))
-    features = Features(of, {})
-  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, 'lm' in objective.heads['policy'])
+
+    def trunk(params, tokens, segment, position):
+      return model.trunk(params, arch, tokens, segment, position, frozen_layers, config.model.dtype)
+
+    features = Features(jax.jit(trunk), {})
+  speaks = 'lm' in objective.heads['policy']
+  return Run(config, objective, arch, tok, mesh, steps, init, reward_models=judges, features=features, speaks=speaks)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:

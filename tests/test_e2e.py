@@ -77,7 +77,8 @@ RESUMED = {
   'ppo': {
     'objective__num_generations': 2, 'objective__num_minibatches': 2, 'objective__kl_controller': 'adaptive', 'objective__kl_horizon': 64,
     'objective__kl_target': 0.05, 'objective__score_normalization': 'running', 'objective__ptx_coef': 0.1, 'data__batch_size': 16,
-    'model__arch': {'num_hidden_layers': 1}, 'data__max_length': 64, 'data__pretrain': {'task': 'arithmetic', 'train_size': 24}, 'data__train_size': 48,
+    'model__arch': {'num_hidden_layers': 1}, 'data__max_length': 64,
+    'data__pretrain': {'task': 'arithmetic', 'train_size': 24}, 'data__train_size': 48,
   },
 }  # fmt: skip
 

@@ -239,8 +239,8 @@ def test_impossible_architectures(field, value):
 
 
 def test_frozen_layers(params):
-  """Failure: what is frozen has a gradient (a tied embedding through the head), the layers above have none, or features that are given stand
-  in for other layers than those that would have made them."""
+  """Failure: what is frozen has a gradient (a tied embedding through the head), the layers above have none, or features that are given
+  stand in for other layers than those that would have made them."""
   texts = [np.arange(6), np.arange(3, 12)]
   batch = rows(texts, 9)
   features = model.trunk(params, ARCH, batch.tokens, batch.segment_NT, batch.position_NT, 1, 'float32')
