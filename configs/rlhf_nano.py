@@ -83,17 +83,17 @@ def get_config(
 
   # The weights of the KL are small: a large one would end the curve before it turns.
   prompts = section({'rows': 'prompts'}, 32, 8000, max_prompt_length=16)
-  ppo = {'name': 'ppo', 'kl_coef': 0.02, 'num_minibatches': 2, 'missing_eos_penalty': 1.0}
-  grpo = {'name': 'grpo', 'beta': 0.02, 'aggregation': 'token_mean'}
+  ppo = {'name': 'ppo', 'kl_coef': 0.005, 'num_minibatches': 2, 'missing_eos_penalty': 1.0}
+  grpo = {'name': 'grpo', 'beta': 0.005, 'aggregation': 'token_mean'}
   compared = section(pairs, 64, 8000, max_length=48, max_prompt_length=16)
   stages = {
     'sft': sft,
     **{name: reward_model(member) for member, name in enumerate(MEMBERS)},
-    'ppo': policy(rl_steps, prompts, ppo, 1e-4, critic=True),
-    'grpo': policy(rl_steps, prompts, grpo, 1e-4),
+    'ppo': policy(rl_steps, prompts, ppo, 2e-4, critic=True),
+    'grpo': policy(rl_steps, prompts, grpo, 2e-4),
     'dpo': policy(preference_steps, compared, {'name': 'dpo', 'beta': 0.1}, 1e-4),
     'cpl': policy(preference_steps, compared, {'name': 'cpl', 'cpl_alpha': 0.1, 'cpl_lambda': 0.5}, 1e-4),
-    'ppo_ensemble': policy(rl_steps, prompts, ppo, 1e-4, ensemble=True, critic=True),
-    'grpo_ensemble': policy(rl_steps, prompts, grpo, 1e-4, ensemble=True),
+    'ppo_ensemble': policy(rl_steps, prompts, ppo, 2e-4, ensemble=True, critic=True),
+    'grpo_ensemble': policy(rl_steps, prompts, grpo, 2e-4, ensemble=True),
   }
   return {'stages': stages}

@@ -1,10 +1,12 @@
 """A few seconds of each objective on a model of 0.1 M parameters: for trying a key, and for the tests.
 
 Command:  python -m rl_reasoning.train --config=configs/tiny.py:objective=grpo --workdir=runs/tiny
-Hardware: any CPU. Duration: under a minute, most of it compilation. Expected: loss falls (sft); too few steps to learn anything (grpo).
+Hardware: any CPU. Duration: under a minute, most of it compilation. Expected: loss falls (sft); too few steps to learn anything (the others).
 """
 
 from ml_collections import ConfigDict
+
+PAIRS = ('reward_model', 'dpo', 'ipo', 'hinge', 'simpo', 'orpo', 'cpl')  # learn from rankings of two; the others of rollouts
 
 
 def get_config(objective: str = 'sft') -> ConfigDict:
@@ -18,6 +20,8 @@ def get_config(objective: str = 'sft') -> ConfigDict:
   }
   if objective == 'sft':
     config['data']['max_length'] = 64
+  elif objective in PAIRS:
+    config['data'] |= {'task': 'reviews', 'options': {'rows': 'rankings'}, 'max_length': 48}
   else:
     config['data']['max_prompt_length'] = 32
     config['rollout'] = {'max_completion_length': 16, 'chunk': 8}

@@ -566,18 +566,31 @@ def test_build_refuses(settings, wanted):
   assert wanted in refusal(build.build, config.resolve(merged), set(config.flatten(merged)))
 
 
-def test_configs():
+def test_configs(monkeypatch):
   """Failure: a config of this repository sets a key that does not exist or cannot act."""
   stages = config.read_file('configs/demo.py')['stages']
   stages['rl'] = config.override(stages['rl'], 'roles.policy.init', '')
   gsm8k = [config.read_file(f'configs/grpo_gsm8k.py:stage={stage}') for stage in ('sft', 'rl')]
-  tiny = [config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo')]
-  family = sweep_entries.read_sweep('configs/sweeps/grpo_family.py', [0]).runs.values()
-  swept = [config.override(run.settings, 'roles.policy.init', '') for run in family]
-  for settings in (*stages.values(), *gsm8k, *tiny, *swept):
+  tiny = [
+    config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo', 'ppo', 'reward_model', 'cpl', 'online_dpo')
+  ]
+  sweeps = [sweep_entries.read_sweep(f'configs/sweeps/{name}.py', [0]).runs.values() for name in ('grpo_family', 'ppo_grpo')]
+  swept = [config.override(run.settings, 'roles.policy.init', '') for runs in sweeps for run in runs]
+  judged = [config.read_file(f'configs/rm_hh.py:subset={name},pandalm=x') for name in ('helpful', 'harmless', 'judge')]
+  models = ','.join(f'{name}=tests/fixtures/classifier' for name in ('helpful', 'harmless'))
+  judged += [config.read_file(f'configs/rlhf_hh.py:{models}')]
+  for settings in judged:
+    settings['optim']['frozen_layers'] = 1  # of the preset's two
+  for settings in (*stages.values(), *gsm8k, *tiny, *swept, *judged):
     resolved, objective, _ = resolve(settings)
     build.check_splits(resolved, objective)
     evaluators.make_evaluators(resolved.eval.evaluators)
+  monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  for file in ('rlhf_nano', 'best_of_k'):
+    earlier: dict = {}
+    for name, settings in config.read_file(f'configs/{file}.py')['stages'].items():
+      pipeline.check_stage(settings, '/no/such', earlier)
+      earlier[name] = settings
 
 
 def test_batch_sizes():
