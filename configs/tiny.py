@@ -1,7 +1,7 @@
 """A few seconds of each objective on a model of 0.1 M parameters: for trying a key, and for the tests.
 
 Command:  python -m rl_reasoning.train --config=configs/tiny.py:objective=grpo --workdir=runs/tiny
-Hardware: any CPU. Duration: under a minute, most of it compilation. Expected: loss falls (sft); too few steps to learn anything (the others).
+Hardware: any CPU. Duration: under a minute, most of it compilation. Expected: loss falls (sft); too few steps to learn anything (others).
 """
 
 from ml_collections import ConfigDict

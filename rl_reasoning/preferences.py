@@ -92,7 +92,8 @@ def check_row(row: Mapping[str, Any], reads: str, size: int) -> None:
       good(is_label(label), f'label {label!r} is no number in [0, 1]')
     return
   good(len(row[texts]) >= 2, 'a ranking needs two responses or more, and this one has fewer')
-  good(len(row[texts]) <= size, f"config key 'objective.ranking_size': {size}, but a row has {len(row[texts])} responses")
+  hint = 'objective.ranking_size of reward_model; data.options.pairs of the task preference makes pairs of a ranking'
+  good(len(row[texts]) <= size, f'the objective reads {size} responses, but a row has {len(row[texts])} ({hint})')
   for rank in row[marks]:
     good(is_finite(rank), f'rank {rank!r} is no number')
   different = {*zip(row[texts], row[marks], strict=True)}

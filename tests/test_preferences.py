@@ -151,7 +151,11 @@ def test_overlong():
     ('rankings', {'ranks': [1, 'b']}, "rank 'b' is no number"),
     ('rankings', {'ranks': [1, float('nan')]}, 'rank nan is no number'),
     ('rankings', {'responses': ['a'], 'ranks': [1]}, 'two responses or more'),
-    ('rankings', {'responses': ['a', 'b', 'c'], 'ranks': [1, 2, 3]}, r"'objective.ranking_size': 2, but a row has 3 responses"),
+    (
+      'rankings',
+      {'responses': ['a', 'b', 'c'], 'ranks': [1, 2, 3]},
+      r'reads 2 responses, but a row has 3 \(objective.ranking_size',
+    ),
     ('rankings', {'responses': ['a', ' \n']}, r"one of the responses, ' \\n', is no text, or empty"),
     ('rankings', {'responses': 'ab'}, "responses 'ab' is no list"),
     ('rankings', {'responses': ['a', 'a']}, 'two responses are equal, but not their ranks'),
