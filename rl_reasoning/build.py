@@ -291,16 +291,17 @@ def check_sizes(config: Config, objective, mesh: Mesh) -> None:
 
 
 def batch_sizes(config: Config, objective) -> dict[str, int]:
-  """What a step holds, in one unit each: what --explain prints."""
+  """What a step holds, in one unit each: what --explain prints. Rows are completions where all are the policy's own; a pair is two rows."""
   rows = config.data.batch_size * sum(objective.sources.values())
   update = config.data.batch_size * objective.update_rows // objective.num_minibatches
   longest = {'rollout': config.data.max_prompt_length + config.rollout.max_completion_length, 'data': config.data.max_length}
+  unit = 'completions' if set(objective.sources) == {'rollout'} else 'rows'
   return {
     'prompts_per_step': config.data.batch_size,
-    'completions_per_step': rows,
+    f'{unit}_per_step': rows,
     'updates_per_step': objective.num_iterations * objective.num_minibatches,
-    'completions_per_update': update,
-    'completions_per_micro_batch': min(config.optim.micro_batch or update, update),
+    f'{unit}_per_update': update,
+    f'{unit}_per_micro_batch': min(config.optim.micro_batch or update, update),
     'max_tokens_per_step': config.data.batch_size * sum(n * longest[source] for source, n in objective.sources.items()),
   }
 

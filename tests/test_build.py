@@ -603,8 +603,8 @@ def test_batch_sizes():
   }  # fmt: skip
   resolved, objective, _ = resolve(SFT)
   assert build.batch_sizes(resolved, objective) == {
-    'prompts_per_step': 16, 'completions_per_step': 16, 'updates_per_step': 1, 'completions_per_update': 16,
-    'completions_per_micro_batch': 16, 'max_tokens_per_step': 16 * 64,
+    'prompts_per_step': 16, 'rows_per_step': 16, 'updates_per_step': 1, 'rows_per_update': 16,
+    'rows_per_micro_batch': 16, 'max_tokens_per_step': 16 * 64,
   }  # fmt: skip
   resolved, objective, _ = resolve(SETTINGS['ppo, of another kind'])  # a row of data beside four completions
   assert build.batch_sizes(resolved, objective)['max_tokens_per_step'] == 8 * (4 * (32 + 16) + 64)
