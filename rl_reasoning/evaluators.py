@@ -283,13 +283,15 @@ def sample_problems(
   )  # fmt: skip
   texts, prompts = encode_problems(run, rows, name, evaluator)
   samples: list[dict] = []
-  file = None
-  if folder is not None:
-    file = SampleFile(folder, name, identity(run, int(checkpoint.fingerprint(params)), rows, evaluator, frozen))
-    samples = file.read(batch_size * n, len(rows) * n)
-  other = None
-  if evaluator.kl_to and len(samples) < len(rows) * n:
+  file, other = None, None
+  if evaluator.kl_to:
     other = build.load_params(evaluator.kl_to, run.arch, jax.random.key(0), run.mesh)
+  if folder is not None:
+    of = identity(run, int(checkpoint.fingerprint(params)), rows, evaluator, frozen)
+    if other is not None:  # its path may hold other weights by the time that an evaluation goes on
+      of['kl_to'] = int(checkpoint.fingerprint(other))
+    file = SampleFile(folder, name, of)
+    samples = file.read(batch_size * n, len(rows) * n)
   for start in range(len(samples) // n, len(rows), batch_size):
     clock = time.perf_counter()
     ids = list(range(start, min(start + batch_size, len(rows))))

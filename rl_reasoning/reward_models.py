@@ -212,7 +212,10 @@ def known_rewards(
     if name in combinations:
       c = combinations[name]
       score_MN, has_MN = map(np.stack, zip(*map(scored, c.of), strict=True))
-      safety_N = np.asarray([bool(mark) for mark in columns.get('safety', [False] * N)])
+      marks = columns.get('safety', [False] * N)
+      for mark in marks:
+        check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
+      safety_N = np.asarray([bool(mark) for mark in marks])
       score_N, has_N = combine(c.rule, score_MN, has_MN, safety_N, c.k, c.threshold)
     elif name in models:
       score_N, has_N = scored(name)

@@ -213,6 +213,8 @@ def test_known_rewards(monkeypatch):
   assert known('accuracy') == {} and ran == []
   assert known('safe')['safe'] == pytest.approx([1, -1, None], abs=1e-3)  # raw 1, -2
   assert known('safe', safety=[None, None, None]) == known('safe')
+  with pytest.raises(ConfigError, match=r"'safety' of the data: 'false' is neither"):
+    known('safe', safety=[True, 'false', None])
   marked = known('safe', safety=[True, False, True])['safe']  # raw 3, -2
   assert marked[0] > known('safe')['safe'][0] and marked[2] is None
 
