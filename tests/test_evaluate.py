@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rl_reasoning import checkpoint, config, evaluate, evaluators, model, rollout, tables, tokenizer, train
+from rl_reasoning import checkpoint, config, evaluate, evaluators, model, rollout, sharding, tables, tokenizer, train
 from rl_reasoning.build import Run
 from rl_reasoning.config import ConfigError
 from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
-from rl_reasoning.structs import Rollout
+from rl_reasoning.structs import Batch, Rollout
 from rl_reasoning.tasks.procedural import is_test
 
 ARCH, TOKENIZER = model.Arch(264, 16, 32, 1, 2, 2, 8), tokenizer.ByteTokenizer()
@@ -118,6 +118,28 @@ def test_samples_differ(params, found):
   assert all(a != b for a, b in zip(texts[::2], texts[1::2]))
   other = evaluators.evaluate(make_run(batch_size=11, seed=4), params, PROBLEMS, 'sampled', one(EVALUATORS['sampled']))
   assert [s['completion'] for s in other[1]] != texts
+
+
+def test_divergence(params, monkeypatch):
+  """Failure: the KL divergence is of the prompts or the padding too, at another temperature than that of sampling, has the wrong sign, or
+  is not 0 from the policy's own weights."""
+  run = make_run(batch_size=4)._replace(mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  others = {'same': params, 'other': jax.tree.map(lambda x: 0.7 * x, params)}
+  monkeypatch.setattr(evaluators.build, 'load_params', lambda init, *rest: others[init])
+  found = {
+    name: evaluators.evaluate(run, params, PROBLEMS[:6], 'it', one({'num_samples': 2, 'temperature': 0.7, 'kl_to': name}))
+    for name in others
+  }
+  assert found['same'][0]['kl'] == 0.0
+  values, samples = found['other']
+  assert values['kl'] == pytest.approx(np.mean([s['kl'] for s in samples])) and values['kl'] > 0
+  for s in samples[::5]:
+    prompt = TOKENIZER.encode(s['prompt'])
+    ids = np.asarray([prompt + s['completion_ids']], np.int32)
+    place, nothing = np.arange(ids.shape[1])[None], np.zeros(1)
+    rows = Batch(tokens=ids, segment_NT=0 * ids + 1, position_NT=place, mask_NT=ids, source_N=nothing, group_N=nothing)
+    ours, theirs = (np.asarray(model.log_probs(p, ARCH, rows, 0.7)[0])[0, len(prompt) :].sum() for p in others.values())
+    assert s['kl'] == pytest.approx(ours - theirs, abs=1e-4)
 
 
 def test_length_of_an_evaluator(params, found):
