@@ -445,11 +445,8 @@ def command(argv: list[str]) -> None:
   check(bool(flags.get('workdir')), '--workdir=DIR is missing')
   settings = config_lib.read_file(flags['config'])
   check('stages' not in settings, f'{flags["config"]}: the stages of a pipeline: rl_reasoning.pipeline runs them')
-  for name, value in flags.items():
-    if name.startswith('config.'):
-      settings = config_lib.override(settings, name.removeprefix('config.'), config_lib.parse_value(value))
   environment.cache_compilations()
-  summary = generate(resolve(settings), flags['workdir'], 'overwrite' in flags)
+  summary = generate(resolve(train.overridden(settings, flags)), flags['workdir'], 'overwrite' in flags)
   print(f'{flags["workdir"]}/data.jsonl: {describe(summary)}')
 
 

@@ -167,13 +167,10 @@ def command(argv: list[str]) -> None:
   flags = train.read_flags(argv, ('config', 'checkpoint', 'workdir', 'overwrite', 'config.KEY'))
   source = flags.get('checkpoint', '')
   check(bool(source), '--checkpoint=RUN_OR_WEIGHTS is missing')
-  settings, overridden = config_lib.read_file(flags['config']), set()
+  settings = config_lib.read_file(flags['config'])
   check('stages' not in settings, f'{flags["config"]}: the stages of a pipeline: an evaluation takes the config of one run')
   keys_set = set(config_lib.flatten(settings))
-  for name, value in flags.items():
-    if name.startswith('config.'):
-      change = config_lib.override({}, name.removeprefix('config.'), config_lib.parse_value(value))
-      settings, overridden = config_lib.merge(settings, change), overridden | set(config_lib.flatten(change))
+  settings, overridden = train.overridden(settings, flags), set(config_lib.flatten(train.overridden({}, flags)))
   config = config_lib.resolve(settings)
   check_keys(config, keys_set | overridden, overridden)
   workdir = flags.get('workdir') or (os.path.join(source, 'evaluation') if build.is_run(source) else '')

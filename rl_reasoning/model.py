@@ -189,6 +189,23 @@ REMAT = {
 }
 
 
+def run_layers(
+  x: Array, layers: PyTree, arch: Arch, segment_NT: Array, position_NT: Array, dtype: str, remat: str = 'none', keep_cache: bool = False
+) -> tuple[Array, Any]:  # fmt: skip
+  """(x [N, T, D] after the stacked `layers`, their keys and values where the cache is kept)."""
+  attend = causal_attention(arch, position_NT, segment_NT)
+  rope = rope_angles(arch, position_NT)
+
+  def layer(x, w):
+    w = jax.tree.map(lambda p: p.astype(dtype), w)
+    x, kept = block(arch, w, x, rope, attend)
+    return constrain(x, 'rows', None, None), kept if keep_cache else None
+
+  if REMAT[remat] is not None:
+    layer = jax.checkpoint(layer, policy=REMAT[remat])
+  return jax.lax.scan(layer, x, layers)
+
+
 def forward(
   params: PyTree,
   arch: Arch,
@@ -207,16 +224,6 @@ def forward(
   The first `frozen_layers` have no gradient, nor has the embedding below them; `features` [N, T, D] is what they give (see `trunk`), where
   that is known already.
   """
-  attend = causal_attention(arch, position_NT, segment_NT)
-  rope = rope_angles(arch, position_NT)
-
-  def layer(x, w):
-    w = jax.tree.map(lambda p: p.astype(dtype), w)
-    x, kept = block(arch, w, x, rope, attend)
-    return constrain(x, 'rows', None, None), kept if keep_cache else None
-
-  if REMAT[remat] is not None:
-    layer = jax.checkpoint(layer, policy=REMAT[remat])
   layers = params['layers']
   if frozen_layers:
     if features is None:
@@ -225,20 +232,14 @@ def forward(
     layers = jax.tree.map(lambda w: w[frozen_layers:], layers)
   else:
     x = constrain(embed(params, tokens, dtype), 'rows', None, None)
-  x, cache = jax.lax.scan(layer, x, layers)
+  x, cache = run_layers(x, layers, arch, segment_NT, position_NT, dtype, remat, keep_cache)
   return rms_norm(x, params['final_norm'].astype(dtype), arch.rms_norm_eps), {'cache': cache} if keep_cache else {}
 
 
 def trunk(params: PyTree, arch: Arch, tokens: Array, segment_NT: Array, position_NT: Array, layers: int, dtype: str) -> Array:
   """[N, T, D]: what the first `layers` layers give."""
-  attend = causal_attention(arch, position_NT, segment_NT)
-  rope = rope_angles(arch, position_NT)
-
-  def layer(x, w):
-    return constrain(block(arch, jax.tree.map(lambda p: p.astype(dtype), w), x, rope, attend)[0], 'rows', None, None), None
-
   x = constrain(embed(params, tokens, dtype), 'rows', None, None)
-  return jax.lax.scan(layer, x, jax.tree.map(lambda w: w[:layers], params['layers']))[0]
+  return run_layers(x, jax.tree.map(lambda w: w[:layers], params['layers']), arch, segment_NT, position_NT, dtype)[0]
 
 
 def embed(params: PyTree, tokens: Array, dtype: str) -> Array:

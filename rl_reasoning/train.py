@@ -244,14 +244,19 @@ def read_flags(argv: list[str], known: tuple[str, ...]) -> dict[str, str]:
   return flags
 
 
+def overridden(settings: dict[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
+  """The settings with what the flags --config.KEY=VALUE set."""
+  for name, value in flags.items():
+    if name.startswith('config.'):
+      settings = config_lib.override(settings, name.removeprefix('config.'), config_lib.parse_value(value))
+  return settings
+
+
 def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
   """Command line -> (config, keys that were set, the other flags)."""
   flags = read_flags(argv, ('config', 'workdir', 'overwrite', 'explain', 'config.KEY'))
   check(flags.get('explain', '') in ('', 'json'), f'--explain={flags.get("explain")}: write --explain or --explain=json')
-  settings = config_lib.read_file(flags['config'])
-  for name, value in flags.items():
-    if name.startswith('config.'):
-      settings = config_lib.override(settings, name.removeprefix('config.'), config_lib.parse_value(value))
+  settings = overridden(config_lib.read_file(flags['config']), flags)
   return config_lib.resolve(settings), set(config_lib.flatten(settings)), flags
 
 

@@ -21,6 +21,7 @@ from etils import epath
 from rl_reasoning import metrics, train
 from rl_reasoning.config import Parser, check
 from rl_reasoning.estimates import bootstrap_interval
+from rl_reasoning.rank_metrics import sigmoid
 from rl_reasoning.tasks import dataset
 from rl_reasoning.tasks.preference import is_finite
 
@@ -89,11 +90,6 @@ def squash(longer_M: np.ndarray) -> np.ndarray:
   """tanh of the length difference in units of its standard deviation: twice as long as very long counts no more."""
   spread = longer_M.std()
   return np.tanh(longer_M / spread) if spread > 0 else np.zeros_like(longer_M)
-
-
-def sigmoid(z: Any) -> Any:
-  """Without an overflow at either end."""
-  return np.exp(-np.logaddexp(0, -z))
 
 
 def fit(x_M: np.ndarray, win_M: np.ndarray, weight_RM: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
+from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import Batch, Max, Mean, Sum
 
@@ -49,7 +50,7 @@ class Given:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grpo:
+class Grpo(Reference):
   """Symbols and defaults: objectives.md. The loss is sum(weight * (surrogate + beta * KL - entropy_coef * entropy))."""
 
   given: Given
@@ -160,16 +161,8 @@ class Grpo:
     return bool(self.beta) and self.kl_in == 'reward'
 
   @property
-  def moves(self) -> bool:
-    return self.ref_model_sync_updates is not None or self.ref_model_ema is not None
-
-  @property
-  def frozen(self) -> tuple[str, ...]:
-    return ('ref',) if self.beta and not self.moves else ()
-
-  @property
-  def moving(self) -> tuple[str, ...]:
-    return ('ref',) if self.beta and self.moves else ()
+  def refers(self) -> bool:
+    return bool(self.beta)
 
   @property
   def sources(self) -> dict[str, int]:
@@ -245,10 +238,7 @@ class Grpo:
     if self.beta:
       weighted = ', importance-weighted' * self.kl_importance_weighted
       kl = f'{self.beta:g} {self.kl_estimator}(policy, reference) in the {self.kl_in}{weighted}'
-      often = 'every step' if self.ref_model_sync_updates is None else (
-        f'after a step in which the updates reach or cross a multiple of {self.ref_model_sync_updates}')  # fmt: skip
-      kl += f'; reference moves {often}' if self.moves else '; reference frozen'
-      kl += '' if self.ref_model_ema is None else f' to {self.ref_model_ema:g} reference + {1 - self.ref_model_ema:g} policy'
+      kl += f'; reference {self.told()}'
     entropy = f'bonus {self.entropy_coef:g}' if self.entropy_coef else 'no bonus'
     if self.adaptive:
       step, top = self.entropy_coef_step, self.entropy_coef_max

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rl_reasoning import advantages, losses
 from rl_reasoning.config import check
 from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import ROLLOUT, Array, Batch, Max, Mean, Sum
 
@@ -32,7 +33,7 @@ def read_before(scores_NT: Array, batch: Batch) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ppo:
+class Ppo(Reference):
   """Symbols and defaults: objectives.md. Reward of a token: -kl_coef * KL, and on the completion's last one the score too. The loss is
   sum(weight * (surrogate + vf_coef * value loss - entropy_coef * entropy)) over rows of the rollout, + ptx_coef * sum(weight * -logp)
   over rows from data."""
@@ -114,20 +115,12 @@ class Ppo:
     return self.score_normalization == 'running'
 
   @property
-  def moves(self) -> bool:
-    return self.ref_model_sync_updates is not None or self.ref_model_ema is not None
+  def refers(self) -> bool:
+    return bool(self.kl_coef)
 
   @property
   def trainable(self) -> tuple[str, ...]:
     return ('policy',) if self.shared else ('policy', 'critic')
-
-  @property
-  def frozen(self) -> tuple[str, ...]:
-    return ('ref',) if self.kl_coef and not self.moves else ()
-
-  @property
-  def moving(self) -> tuple[str, ...]:
-    return ('ref',) if self.kl_coef and self.moves else ()
 
   @property
   def heads(self) -> dict[str, tuple[str, ...]]:
@@ -195,11 +188,8 @@ class Ppo:
       score += f' - {self.missing_eos_penalty:g} where the completion was cut at the limit'
     kl, kl_weight = 'none: no reference is kept', 'kl_coef' if self.adaptive else f'{self.kl_coef:g}'
     if self.kl_coef:
-      often = 'every step' if self.ref_model_sync_updates is None else (
-        f'after a step in which the updates reach or cross a multiple of {self.ref_model_sync_updates}')  # fmt: skip
       kl = f'{kl_weight} {self.kl_estimator}(logp_old, reference) of each token, in the reward'
-      kl += f'; reference moves {often}' if self.moves else '; reference frozen'
-      kl += '' if self.ref_model_ema is None else f' to {self.ref_model_ema:g} reference + {1 - self.ref_model_ema:g} policy'
+      kl += f'; reference {self.told()}'
       if self.adaptive:
         kl += f'; kl_coef from {self.kl_coef:g}, times 1 + clip(KL a completion / {self.kl_target:g} - 1, +-{KL_ERROR_BOUND:g})'
         kl += f' * completions / {self.kl_horizon} a step'

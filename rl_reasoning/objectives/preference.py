@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
 from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import Array, Batch, Mean
 
@@ -30,7 +31,7 @@ LOG_RATIO = ('sigmoid', 'ipo', 'hinge')  # the implicit reward is beta times the
 
 
 @dataclasses.dataclass(frozen=True)
-class Preference:
+class Preference(Reference):
   """Symbols and defaults: objectives.md. The loss is the mean over the pairs that count; of KTO, over its completions.
 
   In the batch of an update the row of the preferred completion stands first in each pair. Pairs are never packed, so a sum over a row is a
@@ -92,18 +93,6 @@ class Preference:
   @property
   def nll_weight(self) -> float:
     return {'orpo': 1.0, 'kto': 0.0}.get(self.loss_type, self.rpo_alpha)
-
-  @property
-  def moves(self) -> bool:
-    return self.ref_model_sync_updates is not None or self.ref_model_ema is not None
-
-  @property
-  def frozen(self) -> tuple[str, ...]:
-    return ('ref',) if self.refers and not self.moves else ()
-
-  @property
-  def moving(self) -> tuple[str, ...]:
-    return ('ref',) if self.refers and self.moves else ()
 
   @property
   def reads(self) -> str:
@@ -183,14 +172,7 @@ class Preference:
       lines = [f'pairs: {pairs}', *lines, 'denominator: the pairs of the update that are no tie']
     else:
       lines.append('denominator: N, the completions of the update')
-    reference = 'none is kept'
-    if self.refers:
-      often = 'every step' if self.ref_model_sync_updates is None else (
-        f'after a step in which the updates reach or cross a multiple of {self.ref_model_sync_updates}')  # fmt: skip
-      reference = f'moves {often}' if self.moves else 'frozen'
-      if self.ref_model_ema is not None:
-        reference += f' to {self.ref_model_ema:g} reference + {1 - self.ref_model_ema:g} policy'
-    return [*lines, f'reference: {reference}']
+    return [*lines, f'reference: {self.told() if self.refers else "none is kept"}']
 
   def init_aux(self):
     return {}
