@@ -25,7 +25,7 @@ def make_run(root, seed, shift=0.0):
 
 
 def test_report(tmp_path, capsys):
-  """Failure: the table shows another seed's or step's number, the best gold is not that of the way, or a stage is left out of the figure."""
+  """Failure: the table shows the number of another seed or step, the best gold is not that of the way, or a stage is left out."""
   runs = [make_run(tmp_path / str(seed), seed, shift) for seed, shift in ((5, 0.0), (6, 1.0))]
   assert rlhf_report.main([*runs, f'--out={tmp_path}/out/nano']) == 0
   lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
