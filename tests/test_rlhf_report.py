@@ -19,7 +19,9 @@ def make_run(root, seed, shift=0.0):
       numbers = {'rewards/gold_reviews': gold + shift, 'rewards/proxy': proxy, 'kl': kl}
       lines.append(json.dumps({'step': step, 'evaluators': {'samples': numbers}}))
     (root / name / 'eval.jsonl').write_text('\n'.join(lines))
-  entries = {name: {'evaluators': {'held_out': {'accuracy': 0.9 + shift / 100}} if name == 'rm' else {}, 'wall_s': 10.4} for name in STAGES}
+  entries = {
+    name: {'evaluators': {'held_out': {'accuracy': 0.9 + shift / 100}} if name == 'rm' else {}, 'wall_s': 10.4} for name in STAGES
+  }
   (root / 'summary.json').write_text(json.dumps({**entries, 'final': entries['dpo']}))
   return str(root)
 
@@ -28,7 +30,9 @@ def test_report(tmp_path, capsys):
   """Failure: the table shows the number of another seed or step, the best gold is not that of the way, or a stage is left out."""
   runs = [make_run(tmp_path / str(seed), seed, shift) for seed, shift in ((5, 0.0), (6, 1.0))]
   assert rlhf_report.main([*runs, f'--out={tmp_path}/out/nano']) == 0
-  lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+  lines = [
+    [cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith('|')
+  ]
   assert lines[2] == ['sft (start)', '2.50 (2.00 to 3.00)', '-1.00 (-1.00 to -1.00)', '0.00 (0.00 to 0.00)', '', '']
   for line, name in zip(lines[3:], ('ppo', 'grpo_ensemble', 'dpo'), strict=True):
     gold, best = ('1.50 (1.00 to 2.00)', '3.50 (3.00 to 4.00)')
@@ -56,7 +60,9 @@ def test_bad_workdirs(tmp_path, capsys, spoil, wanted):
   assert wanted in capsys.readouterr().err and not (tmp_path / 'nano.json').exists()
 
 
-@pytest.mark.parametrize('argv', [[], ['DIR'], ['DIR', '--out=a', '--out=b'], ['--out=a'], ['DIR', '--out=a', '--seed=1']], ids=str)
+@pytest.mark.parametrize(
+  'argv', [[], ['DIR'], ['DIR', '--out=a', '--out=b'], ['--out=a'], ['DIR', '--out=a', '--seed=1']], ids=str
+)
 def test_command_line(argv, capsys):
   """Failure: a flag is passed over in silence."""
   assert rlhf_report.main(argv) == 2
