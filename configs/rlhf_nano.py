@@ -14,7 +14,7 @@ MEMBERS = ('rm', 'rm2', 'rm3')
 
 
 def get_config(
-  seed: int = 0, sft_steps: int = 600, rm_steps: int = 250, rl_steps: int = 40, preference_steps: int = 100, k: float = 1.0,
+  seed: int = 0, sft_steps: int = 350, rm_steps: int = 220, rl_steps: int = 32, preference_steps: int = 80, k: float = 1.0,
   eval_size: int = 100, eval_seed: int = 2,
 ) -> dict:  # fmt: skip
   pairs = {'rows': 'rankings'}
@@ -32,7 +32,7 @@ def get_config(
     'total_steps': sft_steps,
     'log_every': 50,
     'model': {'preset': 'nano'},
-    'data': section({'rows': 'demonstrations'}, 128, 20_000, max_length=48, max_prompt_length=16),
+    'data': section({'rows': 'demonstrations'}, 64, 20_000, max_length=48, max_prompt_length=16),
     'objective': {'name': 'sft'},
     'optim': {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_updates': 20},
     'rollout': rollout,
@@ -77,23 +77,23 @@ def get_config(
       'rollout': rollout,
       'rewards': rewards,
       'optim': {'learning_rate': learning_rate, 'warmup_updates': 5},
-      'eval': evaluation(steps // 10, kl_to='{workdir}/sft'),
+      'eval': evaluation(steps // 8, kl_to='{workdir}/sft'),
       'checkpoint': {'every': 50, 'keep': 1},
     }
 
   # The weights of the KL are small: a large one would end the curve before it turns.
-  prompts = section({'rows': 'prompts'}, 32, 8000, max_prompt_length=16)
+  prompts = section({'rows': 'prompts'}, 16, 8000, max_prompt_length=16)
   ppo = {'name': 'ppo', 'kl_coef': 0.005, 'num_minibatches': 2, 'missing_eos_penalty': 1.0}
   grpo = {'name': 'grpo', 'beta': 0.005, 'aggregation': 'token_mean'}
   compared = section(pairs, 64, 8000, max_length=48, max_prompt_length=16)
   stages = {
     'sft': sft,
     **{name: reward_model(member) for member, name in enumerate(MEMBERS)},
-    'ppo': policy(rl_steps, prompts, ppo, 2e-4, critic=True),
-    'grpo': policy(rl_steps, prompts, grpo, 2e-4),
+    'ppo': policy(rl_steps, prompts, ppo, 1.5e-4, critic=True),
+    'grpo': policy(rl_steps, prompts, grpo, 1.5e-4),
     'dpo': policy(preference_steps, compared, {'name': 'dpo', 'beta': 0.1}, 1e-4),
     'cpl': policy(preference_steps, compared, {'name': 'cpl', 'cpl_alpha': 0.1, 'cpl_lambda': 0.5}, 1e-4),
-    'ppo_ensemble': policy(rl_steps, prompts, ppo, 2e-4, ensemble=True, critic=True),
-    'grpo_ensemble': policy(rl_steps, prompts, grpo, 2e-4, ensemble=True),
+    'ppo_ensemble': policy(rl_steps, prompts, ppo, 1.5e-4, ensemble=True, critic=True),
+    'grpo_ensemble': policy(rl_steps, prompts, grpo, 1.5e-4, ensemble=True),
   }
   return {'stages': stages}

@@ -12,8 +12,8 @@ embedding stay as they are, and what they give of a text is computed once; the l
 
 SUBSETS = {  # subset, part of its training files, pairs before those that are too long, steps
   'helpful': ('helpful', 'gt', 0, 104),
-  'harmless': ('harmless', '', 0, 70),
-  'judge': ('helpful', 'w2s', 1000, 40),
+  'harmless': ('harmless', '', 0, 50),
+  'judge': ('helpful', 'w2s', 1000, 30),
 }
 
 
@@ -32,7 +32,7 @@ def get_config(subset: str = 'helpful', weights: str = '', data: str = '', panda
     'objective': {'name': 'reward_model'},
     'optim': {'learning_rate': 1e-4, 'schedule': 'linear', 'warmup_updates': 10, 'frozen_layers': 26, 'cache_features': True},
     'eval': {
-      'every': steps, 'at_start': False, 'size': 700, 'batch_size': 8,
+      'every': steps, 'at_start': False, 'size': 200 if subset == 'judge' else 700, 'batch_size': 8,
       'evaluators': {'held out': {'kind': 'ranking'}, **({'pandalm': transfer} if pandalm and subset != 'judge' else {})},
     },
     'checkpoint': {'every': 25, 'keep': 1},

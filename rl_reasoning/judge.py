@@ -331,6 +331,8 @@ def command(argv: Sequence[str]) -> None:
   print(json.dumps(summary, indent=1))
   if summary['budget_ended_by']:
     print(f'the budget of {summary["budget_ended_by"]} has ended: raise it, and the same command goes on', file=sys.stderr)
+  answered = any(count for verdict, count in counts['verdicts'].items() if verdict != 'none')
+  check(answered or not numbers['requests'], f'--out={out}: not one verdict came; {summary_path(out)} tells what did')
 
 
 def interrupt(*_: Any) -> None:

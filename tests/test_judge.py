@@ -223,6 +223,13 @@ def test_failed_requests(judging, tmp_path):
   assert len(found) == 2 and len(server.bodies) == 5 and 'failed' not in summary['pairs_by_outcome']
 
 
+def test_no_verdict_at_all(judging, tmp_path):
+  """Failure: a judge that answered nothing leaves an empty data set, and the command says that all is well."""
+  server = judging(lambda a, b: (400, {'message': 'no such model'}))
+  with pytest.raises(ConfigError, match=r'not one verdict came; .*summary_of_.* tells what did'):
+    run(server, tmp_path, [row('a', 'bb')])
+
+
 def test_settings_reach_the_judge(judging, tmp_path, monkeypatch):
   """Failure: the rubric, the sampling options, the turns of a prompt or the key do not reach the judge, or reasons the rows."""
   monkeypatch.setenv('JUDGE_KEY', 'sk-hush')
