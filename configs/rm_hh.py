@@ -11,7 +11,7 @@ embedding stay as they are, and what they give of a text is computed once; the l
 """
 
 SUBSETS = {  # subset, part of its training files, pairs before those that are too long, steps
-  'helpful': ('helpful', 'gt', 0, 104),
+  'helpful': ('helpful', 'gt', 0, 150),
   'harmless': ('harmless', '', 0, 50),
   'judge': ('helpful', 'w2s', 1000, 30),
 }
