@@ -14,7 +14,8 @@ def make_run(root, seed):
     return {'evaluators': {'greedy': {'accuracy': values[0], 'note': 'text'}, 'samples': {'pass@8': values[1]}}, 'wall_s': 3.0}
 
   stages = {
-    'base': entry(0.1 + seed / 10, 0.5), 'data': {'evaluators': {}, 'rows': 7, 'seconds': 2.0}, 'rl': entry(0.6 + seed / 10, 0.5 + seed / 10),
+    'base': entry(0.1 + seed / 10, 0.5), 'data': {'evaluators': {}, 'rows': 7, 'seconds': 2.0},
+    'rl': entry(0.6 + seed / 10, 0.5 + seed / 10),
     'rl_free': entry(0.5, 0.5),
   }  # fmt: skip
   root.mkdir()
