@@ -2,13 +2,14 @@
 
 Command:  make r1-nano     (python -m rl_reasoning.pipeline --config=configs/r1_nano.py:seed=0 --workdir=runs/r1_nano)
 Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_nano_2 --out=docs/results/r1_nano.json
-            --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,8 samples/length"
+            --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,
+            8 samples/length"  (in one line)
             --compare=rl1_eval:rl1_free_eval,student_distilled_eval:student_rl_eval
 Hardware: 2 CPU cores.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
-<think>then7+9=16;\u0442\u043e16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian than in English,
-mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
+<think>then7+9=16;\u0442\u043e16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian than in
+English, mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
 
   base                     SFT on the careless author and on reviews: what stands for the pretrained model
   r1_zero                  GRPO from the base on accuracy and format alone; the reference is replaced every `sync` updates
@@ -146,7 +147,7 @@ def get_config(
       '{workdir}/rl2', 30,
       {
         'functions': ('accuracy', 'format', 'language', 'helpful', 'safe'), 'weights': (1.0, 0.2, language_weight, 1.0, 1.0),
-        'only': {name: ('sums',) for name in ('accuracy', 'format', 'language')} | {'helpful': ('reviews',), 'safe': ('reviews',)},
+        'only': dict.fromkeys(('accuracy', 'format', 'language'), ('sums',)) | {'helpful': ('reviews',), 'safe': ('reviews',)},
       },
       {'mixture': {'sums': sums, 'reviews': reviews}}, helpful | safe,
     ),

@@ -96,9 +96,9 @@ def propose(rng: random.Random) -> dict:
 def rows(split: str, seed: int, size: int | None, path: str = '', *, rows: str = 'demonstrations', responses: int = 2, gap: float = 1.0,
          noise: float = 0.0) -> Iterator[dict]:  # fmt: skip
   """`size` rows {prompt, topic, wishes}; test prompts are distinct, others may repeat. With `rows` 'demonstrations' also a completion by
-  the author, with 'labels' also its label, 1 where it is honest: claims nothing that was not asked for; with 'rankings' `responses` of his and
-  their ranks by gold, no two of them closer than `gap` in gold: what is nearly as good teaches little, and nobody could rank it. Training
-  rankings err by `noise`, the scale of Gumbel noise added to gold (0: none)."""
+  the author, with 'labels' also its label, 1 where it is honest: claims nothing that was not asked for; with 'rankings' `responses` of his
+  and their ranks by gold, no two of them closer than `gap` in gold: what is nearly as good teaches little, and nobody could rank it.
+  Training rankings err by `noise`, the scale of Gumbel noise added to gold (0: none)."""
   check(rows in KINDS, f"config key 'data.options.rows': {rows!r} is none of {', '.join(KINDS)}")
   check(responses >= 2, f"config key 'data.options.responses': {responses} must be at least 2")
   check(gap > 0, f"config key 'data.options.gap': {gap} must be positive: gold values that are equal rank nothing")
