@@ -11,8 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
   ('structs', 'config', 'environment'),
-  ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'estimates', 'rank_metrics', 'api', 'verify'),
-  ('tasks', 'model', 'data', 'preferences', 'optim'),
+  ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'estimates', 'rank_metrics', 'answer_file', 'api',
+   'verify'),
+  ('tasks', 'model', 'data', 'preferences', 'dedup', 'optim'),
   ('presets', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
   (
@@ -23,6 +24,12 @@ LEVELS = (
     'inference',
     'train',
     'generate',
+    'data_settings',
+    'data_kept',
+    'data_from_checkpoint',
+    'data_from_api',
+    'data_from_sets',
+    'data_written',
     'datagen',
     'judge',
     'verified_pairs',
