@@ -5,8 +5,8 @@
 
 Every outcome is appended to a file of JSON lines, under a hash of model, messages and options (not of the URL), before it is handed on:
 whoever asks again with the same file asks only for what is missing. Failures are recorded, and asked again. Equal requests are one request:
-several samples of one prompt differ in `sample` (not every server has the options n and seed). What a process that was killed had on its way
-is asked again; Ctrl-C waits for it. Local files only: a bucket cannot append.
+several samples of one prompt differ in `sample` (not every server has the options n and seed). What was on its way at a kill is
+asked again; Ctrl-C waits for it. Local files only: a bucket cannot append.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def content_hash(paths: Sequence) -> str:
   return total.hexdigest()
 
 
-def prepare(rows: Iterable[dict], folder: epath.Path) -> None:
+def prepare(rows: Iterable, folder: epath.Path) -> None:
   """Rows as ArrayRecord: written by TFDS into a temporary folder, which is renamed when it is whole."""
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked

@@ -1,13 +1,14 @@
-"""Completions of a teacher behind an OpenAI-compatible endpoint: thinking from `reasoning_content` (DeepSeek), else from <think> in the text.
+"""Completions of a teacher behind an OpenAI-compatible endpoint: thinking from `reasoning_content` (DeepSeek) or from think tags.
 
-Before anything is bought the estimate is printed; then api.py asks, with the limits of generate.api. Every answer is in answers.jsonl of the
-folder, under a hash of what was asked: after an interruption, a failure or the end of the budget the same command (with a higher limit)
+Before anything is bought an estimate is printed; then api.py asks, within the limits of generate.api. Every answer is in answers.jsonl of
+the folder, under a hash of what was asked: after an interruption, a failure or the end of the budget the same command (with a higher limit)
 buys only what is missing, and neither --overwrite nor another config throws away what was bought. Rows are in the order of the problems.
 """
 
 from __future__ import annotations
 
 import collections
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ def request_of(a: Api, row: Mapping[str, Any], sample: int) -> api.Request:
   if isinstance(prompt, str):
     turns = [{'role': 'user', 'content': a.template.replace('{prompt}', prompt)}]
   else:
-    check(a.template == Api.template, f"config key 'generate.api.template': {a.template!r} cannot act on a prompt of chat messages")
+    check(
+      a.template == Api.template, f"config key 'generate.api.template': {a.template!r} cannot act on a prompt of chat messages"
+    )
     turns = list(prompt)
   system = [{'role': 'system', 'content': a.system}] if a.system else []
   return api.Request([*system, *turns], a.options, sample)
@@ -76,14 +79,15 @@ class Teacher:
     # What is wrong with these is told before the first request, and before the folder is there.
     api.checked_url(a.url)
     api.read_key(a.key_env)
-    self.told, self.about = {'model': a.model, 'url': a.url}, {}
+    self.told = {'model': a.model, 'url': a.url}
+    self.about: dict[str, Any] = {}
 
-  def requests(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[api.Request]:
+  def requests(self, rows: Sequence[dict]) -> Iterator[api.Request]:
     for row in rows:
       for sample in range(self.generate.num_samples):
         yield request_of(self.generate.api, row, sample)
 
-  def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+  def check(self, rows: Sequence[dict]) -> None:
     for request in self.requests(rows):
       self.budget.bound(request)
 
@@ -100,7 +104,7 @@ class Teacher:
     said: list[str] = []  # of each sample, without its thinking
     for index, outcome in enumerate(outcomes):
       if isinstance(outcome, api.Failure):
-        failures[outcome.reason.partition(';')[0].partition(':')[0]] += 1
+        failures[re.split('[;:(]', outcome.reason)[0].strip()] += 1
       if not isinstance(outcome, api.Answer):
         continue
       found = thought_and_answer(outcome)

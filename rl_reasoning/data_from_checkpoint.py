@@ -53,7 +53,7 @@ class Sampler(NamedTuple):
     run = self.run._replace(config=config)
     return evaluators.sample_problems(run, self.params, rows, name, evaluator, self.folder, self.frozen)
 
-  def to_continue(self) -> 'Sampler':
+  def to_continue(self) -> Sampler:
     """For texts that are rendered already, template and chat markers included, and that are judged elsewhere."""
     config = self.run.config
     config = dataclasses.replace(
@@ -138,7 +138,7 @@ class Checkpoint:
     fingerprint = int(checkpoint.fingerprint(self.params))
     self.told, self.about = {'checkpoint': self.path, 'fingerprint': fingerprint}, {'fingerprint': fingerprint}
 
-  def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+  def check(self, rows: Sequence[dict]) -> None:
     config, g = self.config, self.job.generate
     # Too long a prompt is told now, under its own key.
     data.encode_prompts(rows, self.run.tokenizer, config.roles.policy.template, config.data.max_prompt_length)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -28,7 +28,7 @@ class Published:
     self.told = {'data': ', '.join(f'{part["task"]} {part.get("path", "")}'.strip() for part in parts.values())}
     self.about: dict[str, Any] = {}
 
-  def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+  def check(self, rows: Sequence[dict]) -> None:
     for row in rows:
       check('completion' in row, f"config key 'data.task': a row shows no completion; columns: {', '.join(row)}")
 

@@ -147,8 +147,7 @@ KEEP: dict[str, Callable[[dict, list[dict], Generate, collections.Counter], Kept
 def keep_of(
   rows: Sequence[dict], samples: Sequence[dict], kind: str, g: Generate, dropped: collections.Counter
 ) -> tuple[list[dict], list[dict], list[dict]]:
-  """(what KEEP makes of all problems, the samples in it, the problem of each of these); `samples` are in the order of the problems, and each
-  says by `problem` whose it is."""
+  """(what KEEP makes of all problems, the samples in it, the problem of each of these). A sample says by `problem` whose it is."""
   made: list[dict] = []
   kept: list[dict] = []
   owners: list[dict] = []
@@ -169,8 +168,8 @@ def mean(samples: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[float | None]:
-  """What the accuracy reward says of completions without their thinking. One that marks no answer (by a box, as teachers are told to) is all
-  answer, as it is once it stands between the tags."""
+  """What the accuracy reward says of completions without their thinking. One that marks no answer (teachers box it) is all answer, as it is
+  once it stands between the tags."""
   found: list[float | None] = []
   for start in range(0, len(rows), AT_ONCE):
     some, texts = rows[start : start + AT_ONCE], completions[start : start + AT_ONCE]

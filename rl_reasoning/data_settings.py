@@ -19,7 +19,8 @@ VERIFY = ('possible', 'always', 'never')
 class Api:
   """An OpenAI-compatible endpoint, as api.Endpoint has it, what it is asked, and what that may cost (0: no limit).
 
-  Limits count all that the folder's answers have cost. `prices` has {'input', 'output'} of a million tokens for each model that it names.
+  Limits count all that the folder's answers have cost. Those of tokens and cost hold where max_tokens of `options` bounds thinking, too.
+  `prices` has {'input', 'output'} of a million tokens for each model that it names.
   """
 
   url: str = ''  # with its version: https://api.deepseek.com/v1
@@ -53,7 +54,9 @@ BUYING = (
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-  source: str = 'checkpoint'  # checkpoint: sampled from roles.policy.init | api: from an endpoint | published: what data.* shows itself
+  source: str = (
+    'checkpoint'  # checkpoint: sampled from roles.policy.init | api: from an endpoint | published: what data.* shows itself
+  )
   keep: str = 'all'  # a name of data_kept.KEEP, or 'steps'
   split: str = 'train'  # train (in the order of a run of the same seed) | test
   first: int = 0  # how many problems of the split to pass over, so that another round asks others
@@ -121,7 +124,9 @@ def price_of(a: Api) -> Price:
   """What the model costs; nothing where the table does not name it. Raises ConfigError."""
   table = {name: coerce(price, Price, f'generate.api.prices.{name}') for name, price in a.prices.items()}
   known = a.model in table
-  check(known or not a.max_cost, f"config key 'generate.api.prices' has no {a.model!r}: generate.api.max_cost needs what it costs")
+  check(
+    known or not a.max_cost, f"config key 'generate.api.prices' has no {a.model!r}: generate.api.max_cost needs what it costs"
+  )
   check(known or not table, f"config key 'generate.api.prices': generate.api.model, {a.model!r}, is none of {', '.join(table)}")
   return table.get(a.model, Price(0.0, 0.0))
 
@@ -140,9 +145,9 @@ def check_api(a: Api, num_samples: int) -> None:
   )
   price = price_of(a)
   ranges = {
-    'prices': min(price.input, price.output) >= 0, 'max_requests': a.max_requests >= 0, 'max_tokens': a.max_tokens >= 0, 'max_cost': a.max_cost >= 0,
-    'concurrency': a.concurrency >= 1, 'timeout': 0 < a.timeout <= api.LONGEST_TIMEOUT, 'attempts': a.attempts >= 1,
-    'backoff': a.backoff >= 0,
+    'prices': min(price.input, price.output) >= 0, 'max_requests': a.max_requests >= 0, 'max_tokens': a.max_tokens >= 0,
+    'max_cost': a.max_cost >= 0, 'concurrency': a.concurrency >= 1, 'timeout': 0 < a.timeout <= api.LONGEST_TIMEOUT,
+    'attempts': a.attempts >= 1, 'backoff': a.backoff >= 0,
   }  # fmt: skip
   for field, good in ranges.items():
     check(good, f"config key 'generate.api.{field}': {getattr(a, field)!r} is out of range")
@@ -151,9 +156,7 @@ def check_api(a: Api, num_samples: int) -> None:
 def check_generate(g: Generate, given: set[str]) -> None:
   """Raises ConfigError for what is out of range, and for keys of `given` that cannot act beside the others."""
   for field, choices in (('source', SOURCES), ('keep', KEEPS), ('split', ('train', 'test')), ('verify', VERIFY)):
-    check(
-      getattr(g, field) in choices, f"config key 'generate.{field}': {getattr(g, field)!r} is none of {', '.join(choices)}"
-    )
+    check(getattr(g, field) in choices, f"config key 'generate.{field}': {getattr(g, field)!r} is none of {', '.join(choices)}")
   check(
     g.source == 'checkpoint' or g.keep == 'reasoning',
     f"config key 'generate.keep': {g.keep!r} is for source checkpoint; {g.source} gives 'reasoning'",

@@ -1,5 +1,5 @@
-"""What a folder of made data holds beside its settings: data.jsonl, the same rows as ArrayRecord, README.md (a dataset card as the Hugging Face
-hub reads it) and summary.json, which is written last."""
+"""What a folder of made data holds beside its settings: data.jsonl, the same rows as ArrayRecord, README.md (a dataset card, with the
+head that the Hugging Face hub reads) and summary.json, which is written last."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from rl_reasoning.data_settings import Generate, evaluation_sets
 RECORDS = 'array_record'
 FILES = ('config.json', 'data.jsonl', 'README.md', 'summary.json')
 SOURCES = {
-  'checkpoint': 'sampled from a checkpoint',
-  'api': 'answers of a model behind an API',
-  'published': 'a published set, converted',
+  'checkpoint': 'Sampled from a checkpoint:',
+  'api': 'Answers of a model behind an API:',
+  'published': 'A published set, converted:',
 }
-READ_BACK = """\
+READING = """\
+`data.jsonl` has a row a line; the same rows as ArrayRecord (TensorFlow is not needed):
+
 ```python
 import json
 import tensorflow_datasets as tfds
 
-rows = tfds.builder_from_directory('{folder}').as_data_source('rows')  # ArrayRecord; TensorFlow is not needed
+rows = tfds.builder_from_directory('{folder}').as_data_source('rows')
 print(json.loads(rows[0]['row']))
 ```"""
 
@@ -67,53 +69,33 @@ def listed(lines: Sequence[str]) -> str:
   return '\n'.join(f'- {line}' for line in lines)
 
 
-def card(rows: Sequence[Mapping[str, Any]], g: Generate, told: Mapping[str, str], about: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """README.md of the folder. Nothing in it depends on when or where the data were made."""
-  columns = sorted(set().union(*rows))
-  numbers = {key: value for key, value in summary.items() if isinstance(value, int) and key not in ('fingerprint', *told)}
-  dropped = {f'left out, {reason}': count for reason, count in summary['dropped'].items()}
-  front = {'license': g.licence.lower()} if g.licence else {}
-  front = '\n'.join([*(f'{key}: {value}' for key, value in front.items()), 'configs:', '- config_name: default', '  data_files: data.jsonl'])
-  return f"""---
-{front}
----
-# {len(rows):,} rows ({g.keep})
-
-Source: {SOURCES[g.source]}.
-{listed([f'{key}: {value}' for key, value in told.items()])}
-- licence: {g.licence or 'not stated (generate.licence)'}
-
-Columns: {', '.join(columns)}.
-
-## Counts
-
-| | |
-|---|---|
-{chr(10).join(f'| {key} | {value:,} |' for key, value in {**numbers, **dropped}.items())}
-
-## Filters
-
-{listed(filters(g)) or 'None beside the kind of data above.'}
-
-## Settings
-
-```json
-{json.dumps(about, indent=1, sort_keys=True)}
-```
-
-## Reading
-
-`data.jsonl` has a row a line. The same rows:
-
-{READ_BACK.format(folder=f'{RECORDS}/rows/{data.Rows.VERSION}')}
-"""
+def card(
+  rows: Sequence[Mapping[str, Any]], g: Generate, told: Mapping[str, Any], about: Mapping[str, Any], summary: Mapping[str, Any]
+) -> str:
+  """README.md of the folder. Nothing in it depends on when the data were made."""
+  front = [f'license: {g.licence.lower()}'] * bool(g.licence) + ['configs:', '- config_name: default', '  data_files: data.jsonl']
+  source = [*(f'{key}: {value}' for key, value in told.items()), f'licence: {g.licence or "not stated (generate.licence)"}']
+  counts = {key: value for key, value in summary.items() if isinstance(value, int) and key not in told}
+  counts |= {f'left out, {reason}': count for reason, count in summary['dropped'].items()}
+  table = '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value:,} |' for key, value in counts.items())])
+  parts = [
+    '\n'.join(['---', *front, '---']),
+    f'# {len(rows):,} rows ({g.keep})',
+    f'{SOURCES[g.source]}\n{listed(source)}',
+    f'Columns: {", ".join(sorted(set().union(*rows)))}.',
+    f'## Counts\n\n{table}',
+    f'## Filters\n\n{listed(filters(g)) or "None beside the kind of data above."}',
+    f'## Settings\n\n```json\n{json.dumps(about, indent=1, sort_keys=True)}\n```',
+    f'## Reading\n\n{READING.format(folder=f"{RECORDS}/rows/{data.Rows.VERSION}")}',
+  ]
+  return '\n\n'.join(parts) + '\n'
 
 
 def write(folder: epath.Path, rows: Sequence[dict], text: str, summary: Mapping[str, Any]) -> None:
   train.write_atomically(folder / 'data.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
   records = folder / RECORDS
-  if records.exists():  # of rows that are no longer these, or half written
-    records.rmtree()
+  records.rmtree(missing_ok=True)  # of rows that are no longer these, or half written
   data.prepare(rows, records)
+  (records / 'downloads').rmtree(missing_ok=True)  # TFDS makes one, empty
   train.write_atomically(folder / 'README.md', text)
   train.write_atomically(folder / 'summary.json', json.dumps(summary, indent=1))

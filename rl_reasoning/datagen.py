@@ -18,7 +18,7 @@ goes on after an interruption, bit for bit. Exit codes: 0 (also where a budget e
   all       prompt, responses, counts, rewards, correct: all that differ, two or more, for ranking by hand or by a judge
   best      prompt, completion, reward: the highest reward of each prompt, for SFT (best of K: rejection sampling, Llama 2, 2307.09288)
   correct   prompt, completion, reward: every verified one, for SFT (expert iteration, 1705.08439; ReST-EM, 2312.06585)
-  reasoning prompt, chain_of_thought, completion: every one in the format, for SFT (DeepSeek-R1, 2501.12948: cold start, rejection sampling);
+  reasoning prompt, chain_of_thought, completion: every one in the format, for SFT (cold start and rejection sampling of DeepSeek-R1);
             `verify` says what becomes of those that are wrong, and of those without a verdict
   ranking   prompt, responses, ranks by reward, equal rewards tied: for reward models and preference losses
   pairs     prompt, responses [verified, not verified], ranks [0, 1]: the same, without a reward (rl_reasoning.verified_pairs makes them
@@ -52,7 +52,7 @@ from rl_reasoning.config import Config, check
 from rl_reasoning.data_from_api import Teacher
 from rl_reasoning.data_from_checkpoint import Checkpoint
 from rl_reasoning.data_from_sets import Published
-from rl_reasoning.data_settings import BUYING, BY_REWARD, Generate, Job, check_generate, resolve
+from rl_reasoning.data_settings import BUYING, BY_REWARD, Job, check_generate, resolve
 from rl_reasoning.rewards import check_rewards
 
 # Keys that act here, as prefixes; `seed` is that of the rows, as in training, and generate.seed that of the samples.
@@ -71,8 +71,10 @@ class Source(Protocol):
   told: dict[str, Any]  # who answered, for summary and card
   about: dict[str, Any]  # what beside the settings decides the rows
 
-  def check(self, rows: Sequence[Mapping[str, Any]]) -> None: ...  # ConfigError for problems that it cannot be asked
-  def make(self, rows: Sequence[dict], folder: epath.Path) -> tuple[list[dict], dict[str, Any]]: ...  # (rows of `keep`, counts), or goes on
+  def check(self, rows: Sequence[dict]) -> None: ...  # ConfigError for problems that it cannot be asked
+  def make(
+    self, rows: Sequence[dict], folder: epath.Path
+  ) -> tuple[list[dict], dict[str, Any]]: ...  # (rows of `keep`, counts), or goes on
 
 
 def check_job(job: Job, earlier: Sequence[str] = ()) -> None:
@@ -148,10 +150,13 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
   g, folder = job.generate, epath.Path(workdir)
   source = open_source(job)
   config = source.config if isinstance(source, Checkpoint) else job.config
-  rows, repeated = (drawn(job), 0) if g.source == 'published' else problems(job)
+  rows, repeated = (
+    (drawn(job), None) if g.source == 'published' else problems(job)
+  )  # several chains of one problem are welcome there
   source.check(rows)
   check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
   about = {**source.about, **settings_of(job, config)}
+  about |= {'problems': config_lib.digest(rows)} if g.source != 'checkpoint' else {}  # there samples/ knows whose they are
   evaluate.open_workdir(folder, data_written.FILES, about, 'data of another config', overwrite)
   finished = folder / 'summary.json'
   if finished.exists():
@@ -163,8 +168,11 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
   found = collections.Counter(counted['dropped']) + collections.Counter(dropped)
   counted = {**counted, 'rows': len(made), 'dropped': dict(sorted(found.items()))}
   why = f'; {counted["not_asked"]} were not asked: the limit was {counted["budget_ended_by"]}' if counted.get('not_asked') else ''
-  check(bool(made), f"config key 'generate.keep': {g.keep} leaves none of {counted['samples']} completions: {counted['dropped']}{why}")
-  summary = {**source.told, 'source': g.source, 'keep': g.keep, 'repeated_prompts': repeated, **counted}
+  check(
+    bool(made), f"config key 'generate.keep': {g.keep} leaves none of {counted['samples']} completions: {counted['dropped']}{why}"
+  )
+  asked = {} if repeated is None else {'repeated_prompts': repeated}
+  summary = {**source.told, 'source': g.source, 'keep': g.keep, **asked, **counted}
   data_written.write(folder, made, data_written.card(made, g, source.told, about, summary), summary)
   return summary
 
@@ -172,11 +180,15 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
 def describe(summary: Mapping[str, Any]) -> str:
   """One line of what came out."""
   why = ', '.join(f'{count} {reason}' for reason, count in summary['dropped'].items())
-  return (f'{summary["rows"]} rows of {summary["kept"]} completions, kept of {summary["samples"]} ({summary["keep"]})'
-          + f'; left out: {why}' * bool(why)
-          + f'; {summary.get("failed")} failed' * bool(summary.get('failed'))
-          + f'; {summary.get("not_asked")} not asked, the limit was {summary.get("budget_ended_by")}: raise it, and the same command goes on'
-          * bool(summary.get('not_asked')))  # fmt: skip
+  parts = [f'{summary["rows"]} rows of {summary["kept"]} completions, kept of {summary["samples"]} ({summary["keep"]})']
+  parts += [f'left out: {why}'] * bool(why)
+  if summary.get('failed'):
+    parts.append(f'{summary["failed"]} failed')
+  if summary.get('not_asked'):
+    parts.append(
+      f'{summary["not_asked"]} not asked, the limit was {summary["budget_ended_by"]}: raise it, and the same command goes on'
+    )
+  return '; '.join(parts)
 
 
 def command(argv: list[str]) -> None:

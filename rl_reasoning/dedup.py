@@ -76,8 +76,8 @@ def decontaminate(rows: Sequence[dict], evaluation: Iterable[Mapping[str, Any]],
 
 
 def bands(threshold: float) -> tuple[int, int]:
-  """(bands, hashes in each) of the index: the longest bands by which a pair of that similarity s is found with probability RECALL or more. It
-  is found where all r hashes of one of the b bands are equal: 1 - (1 - s^r)^b."""
+  """(bands, hashes in each) of the index: the longest bands by which a pair of that similarity s is found with probability RECALL or more.
+  It is found where all r hashes of one of the b bands are equal: 1 - (1 - s^r)^b."""
   longest = [r for r in range(2, HASHES // 2 + 1) if 1 - (1 - threshold**r) ** (HASHES // r) >= RECALL]
   r = max(longest, default=1)
   return HASHES // r, r

@@ -284,7 +284,9 @@ def command(argv: Sequence[str]) -> None:
   parser.add_argument('--out', required=True, metavar='LABELLED.jsonl')
   parser.add_argument('--base-url', required=True, metavar='URL', help='as http://localhost:8000/v1')
   parser.add_argument('--model', required=True, metavar='NAME')
-  parser.add_argument('--answers-as', default='', metavar='NAME', help='the model that replies name, where --model is an alias of it')
+  parser.add_argument(
+    '--answers-as', default='', metavar='NAME', help='the model that replies name, where --model is an alias of it'
+  )
   parser.add_argument('--style', default='pair', choices=('pair', 'ranking'), help='rows of two, or one of all K')
   parser.add_argument('--rubric', default='', metavar='FILE', help='a text: by what to compare')
   parser.add_argument('--options', default=json.dumps(OPTIONS), metavar='JSON', help='of sampling, in place of %(default)s')

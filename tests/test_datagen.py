@@ -105,6 +105,31 @@ def test_what_is_kept(options, rows, left_out):
     assert got[0]['responses'] != got[1]['responses'] and not {*got[0]['responses']} & {*got[1]['responses']}
 
 
+def test_reasoning():
+  """Failure: a row is in another form than thought and answer, a completion out of the format or verified wrong is kept, one whose thinking
+  its prompt has opened is not, or a missing verdict counts as one."""
+  form = '<think>{}</think> <answer>{}</answer>'
+  samples = [
+    said(form.format(' a ', '7'), 1.0, 1.0), said('b</think><answer>7</answer>', 1.0, 1.0, prompt='q= <think>'),
+    said(form.format('c', '8'), 0.0, 0.0), said(form.format('d', '9'), None, None), said('e <answer>7</answer>', 1.0, 1.0),
+    said(form.format('f', ' '), 1.0, 1.0), said(form.format('', '7'), 1.0, 1.0), said(form.format('g', '7'), 1.0, 1.0, truncated=True),
+    said(form.format('h', '7') + 'more', 1.0, 1.0), said(form.format(' a ', '7'), 1.0, 1.0),
+  ]  # fmt: skip
+  always = {'truncated': 1, 'duplicate': 1, 'not in the format': 2, 'empty thought or answer': 2}
+  for options, chains, left_out in (
+    ({}, 'abd', {'not verified': 1}),
+    ({'verify': 'never'}, 'abcd', {}),
+    ({'verify': 'always'}, 'ab', {'no accuracy': 1, 'not verified': 1}),
+    ({'verify': 'always', 'max_per_prompt': 1}, 'a', {'no accuracy': 1, 'not verified': 1, 'over max_per_prompt': 1}),
+  ):  # fmt: skip
+    dropped = collections.Counter()
+    rows, kept = data_kept.keep_reasoning(PROBLEM, samples, make(keep='reasoning', **options), dropped)
+    assert [row['chain_of_thought'] for row in rows] == [*chains] and len(kept) == len(rows)
+    assert {k: v for k, v in dropped.items() if v} == {**always, **left_out}
+  assert rows == [{'prompt': 'q=', 'answer': '7', 'difficulty': 3, 'chain_of_thought': 'a', 'completion': '7'}]
+  dataset.check_row('here', rows[0])
+
+
 def test_all_are_kept():
   """Failure: those who rank by hand or by a judge do not see everything, or get a row with nothing to rank, which they refuse."""
   dropped = collections.Counter()
@@ -377,6 +402,26 @@ def test_the_summary_adds_up(speaker, tmp_path):
   assert len(speaker.asked[0]['prompts']) == 8
 
 
+def test_reasoning_of_a_checkpoint(speaker, tmp_path):
+  """Failure: SFT cannot read what a checkpoint has thought, an evaluation's problem is in it, or the same sums are there twice."""
+  chosen = settings_of(tmp_path / 'cache', keep='reasoning', licence='Apache-2.0')
+  asked = datagen.problems(datagen.resolve(chosen))[0][0]['prompt']
+  (tmp_path / 'exam').mkdir()
+  (tmp_path / 'exam' / 'test.jsonl').write_text(json.dumps({'prompt': asked}) + '\n')
+  exam = {'exam': {'task': 'dataset', 'path': str(tmp_path / 'exam')}}
+  job = datagen.resolve(config.merge(chosen, {'generate': {'decontaminate': exam, 'near_duplicates': 1.0}}))
+  got, rows = datagen.generate(job, str(tmp_path / 'it')), read(tmp_path / 'it')
+  assert all(row['chain_of_thought'] == 'x;so' and row['completion'] == row['answer'] for row in rows)
+  assert got['dropped'] == {'contaminated': 1, 'not verified': got['prompts'], 'truncated': got['prompts']}
+  assert got['rows'] == len(rows) == got['prompts'] - 1 and asked not in {row['prompt'] for row in rows}
+  tokens, _ = data.encode_row(rows[0], TOKENIZER, 'plain')
+  assert TOKENIZER.decode(tokens).endswith(f'<think>x;so</think><answer>{rows[0]["answer"]}</answer>')
+  card = (tmp_path / 'it' / 'README.md').read_text()
+  assert (
+    'license: apache-2.0' in card and '- checkpoint: tests/fixtures/llama' in card and '| left out, contaminated | 1 |' in card
+  )
+
+
 def test_steps_of_a_checkpoint(speaker, tmp_path):
   """Failure: roll-outs begin elsewhere than at a step's end, or rows are not those that process reward models read."""
   job = datagen.resolve(settings_of(tmp_path / 'cache', keep='steps', step_separator=';', rollouts_per_step=4, size=4))
@@ -472,6 +517,12 @@ REFUSED = [
     {'generate.keep': 'labels', 'generate.min_reward': 1.0},
     "'generate.min_reward' cannot act: it is for generate.keep best, correct",
   ),
+  ({'generate.verify': 'never'}, "'generate.verify' cannot act: it is for generate.keep reasoning"),
+  (
+    {'generate.keep': 'labels', 'generate.near_duplicates': 0.5},
+    "'generate.near_duplicates' cannot act: it is for generate.keep best",
+  ),
+  ({'generate.api.model': 'x'}, "'generate.api' cannot act: it is for generate.source api, not checkpoint"),
   ({'generate.step_separator': ';'}, "'generate.step_separator' cannot act: it is for generate.keep steps"),
   ({'generate.rollouts_per_step': 2}, "'generate.rollouts_per_step' cannot act: it is for generate.keep steps"),
   ({'generate.keep': 'steps', 'generate.step_separator': ''}, "'generate.step_separator': '' is out of range"),

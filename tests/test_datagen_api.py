@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 import pathlib
 import random
 import signal
@@ -163,7 +162,7 @@ def test_what_no_retry_mends(serve, tmp_path):
   assert {count[f'What is {n}+{2 * n}?'] for n in range(1, 40, 10)} == {1}
   assert {count[f'What is {n}+{2 * n}?'] for n in range(2, 40, 10)} == {4}
   assert summary['failed'] == 12 and len(rows) == SIZE - 12 and summary['samples'] == SIZE - 12
-  assert summary['failures'] == {'the reply is empty (stop)': 4, '400': 4, 'the reply is no chat completion (JSONDecodeError': 4}
+  assert summary['failures'] == {'the reply is empty': 4, '400': 4, 'the reply is no chat completion': 4}
   well.append(True)
   before = len(server.bodies)
   summary, rows = make(server, tmp_path)
@@ -186,12 +185,14 @@ def test_model_of_the_answer(serve, tmp_path, name, good):
   assert len(make(server, tmp_path, 'named', size=3, **api(answers_as=name))[1]) == 3
 
 
-PRICES = {'prices': {'teacher': {'input': 1000.0, 'output': 2000.0}}}  # a reply of chat() costs 10 + 10 thousandths, at most 360 + 100
+PRICES = {
+  'prices': {'teacher': {'input': 1000.0, 'output': 2000.0}}
+}  # a reply of chat() costs 10 + 10 thousandths, at most 360 + 100
 
 
 @pytest.mark.parametrize('limit', [{'max_cost': 1.0, **PRICES}, {'max_tokens': 800}, {'max_requests': 11}])
 def test_limits_and_resume(serve, tmp_path, limit, capsys):
-  """Failure: a limit is passed, what was bought is lost or bought again when the limit is raised, or the rows differ from those of one go."""
+  """Failure: a limit is passed, what was bought is lost or bought again when the limit is raised, or rows differ from those of one go."""
   server = serve(teach)
   job = {**api(concurrency=4), **api(**PRICES)}
   summary, rows = make(server, tmp_path, **{**job, **api(**limit)})
@@ -201,7 +202,11 @@ def test_limits_and_resume(serve, tmp_path, limit, capsys):
   spent = summary['prompt_tokens'] + summary['completion_tokens']
   assert summary['cost'] == pytest.approx((summary['prompt_tokens'] * 1 + summary['completion_tokens'] * 2) / 1000)
   assert summary['posts'] == len(server.bodies) == len(rows) < SIZE and summary['not_asked'] == SIZE - len(rows) and len(rows) > 5
-  assert summary['cost'] <= limit.get('max_cost', 9) and spent <= limit.get('max_tokens', 9999) and len(rows) <= limit.get('max_requests', 99)
+  assert (
+    summary['cost'] <= limit.get('max_cost', 9)
+    and spent <= limit.get('max_tokens', 9999)
+    and len(rows) <= limit.get('max_requests', 99)
+  )
   assert 'not asked, the limit was' in datagen.describe(summary)
 
   job |= api(concurrency=2)
@@ -270,7 +275,8 @@ def test_interrupted(serve, tmp_path, name):
 
 @pytest.mark.parametrize('reasoning, text, wanted', [
   ('so', ' 4 ', ('so', '4')), ('', '<think>so</think>\n4', ('so', '4')), ('', 'so</think>4', ('so', '4')),
-  ('so', 'Hm <answer>4</answer>', ('so', '4')), ('so', '<answer>4</answer><answer>5</answer>', ('so', '<answer>4</answer><answer>5</answer>')),
+  ('so', 'Hm <answer>4</answer>', ('so', '4')),
+  ('so', '<answer>4</answer><answer>5</answer>', ('so', '<answer>4</answer><answer>5</answer>')),
   ('', '4', None), ('', '<think>so', None), ('', '<think>a</think>b</think>', None), (' ', '<think>so</think>4', ('so', '4')),
 ])  # fmt: skip
 def test_thought_and_answer(reasoning, text, wanted):
@@ -293,9 +299,15 @@ def test_samples_and_what_is_left_out(serve, tmp_path):
     return answered(asked(body), finish='length') if turn == 5 else chat('I know: 4.', model='teacher') if turn == 6 else good
 
   server = serve(reply)
-  changes = {'num_samples': 6, 'size': 5, **api(system='Think.', template='Q: {prompt}', options={'max_tokens': 50, 'temperature': 0.6})}
+  changes = {
+    'num_samples': 6,
+    'size': 5,
+    **api(system='Think.', template='Q: {prompt}', options={'max_tokens': 50, 'temperature': 0.6}),
+  }
   found = settings(server, tmp_path, **changes)
-  (tmp_path / 'data' / 'train.jsonl').write_text(''.join(json.dumps({'prompt': f'What is {i}+{i}?', 'answer': str(2 * i)}) + '\n' for i in range(5)))
+  (tmp_path / 'data' / 'train.jsonl').write_text(
+    ''.join(json.dumps({'prompt': f'What is {i}+{i}?', 'answer': str(2 * i)}) + '\n' for i in range(5))
+  )
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys.modules[__name__], 'asked', lambda body: body['messages'][-1]['content'].removeprefix('Q: '))
     summary = datagen.generate(datagen.resolve(found), str(tmp_path / 'out'))
@@ -303,7 +315,9 @@ def test_samples_and_what_is_left_out(serve, tmp_path):
   assert summary['dropped'] == {'duplicate': 5, 'not in the format': 5, 'not verified': 5, 'truncated': 5}
   assert summary['kept'] == summary['rows'] == 10 and summary['accuracy']['kept'] == 1.0
   body = server.bodies[0]
-  assert body['messages'][0] == {'role': 'system', 'content': 'Think.'} and body['messages'][1]['content'].startswith('Q: What is')
+  assert body['messages'][0] == {'role': 'system', 'content': 'Think.'} and body['messages'][1]['content'].startswith(
+    'Q: What is'
+  )
   assert body['temperature'] == 0.6 and set(body) == {'model', 'messages', 'max_tokens', 'temperature'}
   limited = datagen.generate(
     datagen.resolve(config.override(found, 'generate.max_per_prompt', 1)), str(tmp_path / 'out'), overwrite=True
@@ -313,7 +327,11 @@ def test_samples_and_what_is_left_out(serve, tmp_path):
 
 def test_without_a_gold_answer(serve, tmp_path):
   """Failure: what cannot be verified counts as wrong, or as right where only verified rows are wanted."""
-  server = serve(lambda body, _: {**chat('Fine.', model='teacher')} | {'choices': [{'message': {'content': 'Fine.', 'reasoning_content': 'Hm.'}}]})
+  server = serve(
+    lambda body, _: (
+      {**chat('Fine.', model='teacher')} | {'choices': [{'message': {'content': 'Fine.', 'reasoning_content': 'Hm.'}}]}
+    )
+  )
   rows = [{'prompt': f'Write poem {i}.', **({'answer': '4'} if i % 2 else {})} for i in range(6)]
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data' / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -352,11 +370,16 @@ def test_what_is_written(serve, tmp_path):
   make(server, tmp_path, 'moved', licence='CC-BY-4.0', near_duplicates=0.9,
        decontaminate={'exam': {'task': 'dataset', 'path': str(evaluation)}}, **api(**PRICES))  # fmt: skip
   assert (tmp_path / 'moved' / 'README.md').read_text() == before
-  assert len(list(dataset.rows('train', 0, None, str(out / 'data.jsonl')))) + len(list(dataset.rows('test', 0, None, str(out / 'data.jsonl')))) == 39
+  assert (
+    len(list(dataset.rows('train', 0, None, str(out / 'data.jsonl'))))
+    + len(list(dataset.rows('test', 0, None, str(out / 'data.jsonl'))))
+    == 39
+  )
 
 
 def test_published(tmp_path):
-  """Failure: a published set loses rows beside those that are wrong, alike or not in the format, or its chains are not those of the file."""
+  """Failure: a published set loses rows beside those that are wrong, alike or not in the format, or gains chains of others."""
+
   def row(n, answer, said=None, **more):
     return {'question': f'What is {n}+{n}?', 'solution': '9', 'thinking_trajectories': [f'Well, {n} twice.'],
             'attempt': f'So \\boxed{{{said or answer}}}', **more} | {'solution': str(answer)}  # fmt: skip
@@ -372,7 +395,10 @@ def test_published(tmp_path):
   made = read(tmp_path / 'out')
   assert sorted(r['chain_of_thought'] for r in made) == ['One and one.', 'Well, 1 twice.', 'Well, 3 twice.']
   assert (summary['prompts'], summary['samples'], summary['without_verdict']) == (3, 5, 1)
-  assert summary['dropped'] == {'duplicate': 1, 'not verified': 1} and f'data: reasoning_sets {path}' in (tmp_path / 'out' / 'README.md').read_text()
+  assert (
+    summary['dropped'] == {'duplicate': 1, 'not verified': 1}
+    and f'data: reasoning_sets {path}' in (tmp_path / 'out' / 'README.md').read_text()
+  )
   # The chains of any other task that shows them, and a mixture of tasks.
   found['data'] = {
     'mixture': {'sets': {'task': 'reasoning_sets', 'path': str(path), 'options': {'test_share': 0.0}},
@@ -421,13 +447,26 @@ def test_refused(tmp_path, changes, message):
 
 def test_keys_of_a_policy_are_refused(tmp_path):
   """Failure: a checkpoint or its sampling is named beside a teacher, and nobody is told that it is not asked."""
-  found = {**settings('http://127.0.0.1:1/v1', tmp_path), 'rollout': {'max_completion_length': 5}, 'roles': {'policy': {'init': 'x'}}}
-  with pytest.raises(ConfigError, match=r"cannot act beside a section generate:\n  'roles.policy.init'.*\n  'rollout.max_completion_length'"):
+  found = {
+    **settings('http://127.0.0.1:1/v1', tmp_path),
+    'rollout': {'max_completion_length': 5},
+    'roles': {'policy': {'init': 'x'}},
+  }
+  with pytest.raises(
+    ConfigError, match=r"cannot act beside a section generate:\n  'roles.policy.init'.*\n  'rollout.max_completion_length'"
+  ):
     datagen.generate(datagen.resolve(found), str(tmp_path / 'out'))
   problems(tmp_path)
   (tmp_path / 'data' / 'train.jsonl').write_text(json.dumps({'prompt': [{'role': 'user', 'content': 'hi'}]}) + '\n')
-  with pytest.raises(ConfigError, match="'generate.api.template': .* cannot act on a prompt of chat messages"):
+  with pytest.raises(ConfigError, match=r"'generate\.api\.template': .* cannot act on a prompt of chat messages"):
     make('http://127.0.0.1:1/v1', tmp_path, **api(template='Q: {prompt}'))
+
+
+def test_config():
+  """Failure: configs/reasoning_data.py does not resolve."""
+  spec = 'configs/reasoning_data.py:path=/x,gsm8k=/y,'
+  for more in ('licence=MIT', 'source=api,url=http://h/v1,model=m,price_in=1,price_out=2,max_cost=5'):
+    datagen.check_job(datagen.resolve(config.read_file(spec + more)))
 
 
 def test_stage_of_a_pipeline(serve, tmp_path):
@@ -435,4 +474,6 @@ def test_stage_of_a_pipeline(serve, tmp_path):
   server = serve(teach)
   stages = {'teach': settings(server, tmp_path, size=4)}
   result = pipeline.run_pipeline(stages, str(tmp_path / 'run'))
-  assert result['teach']['rows'] == 4 and pipeline.run_pipeline(stages, str(tmp_path / 'run')) == result and len(server.bodies) == 4
+  assert (
+    result['teach']['rows'] == 4 and pipeline.run_pipeline(stages, str(tmp_path / 'run')) == result and len(server.bodies) == 4
+  )

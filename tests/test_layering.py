@@ -11,8 +11,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
   ('structs', 'config', 'environment'),
-  ('sharding', 'tokenizer', 'gguf_tokenizer', 'sampling', 'losses', 'advantages', 'estimates', 'rank_metrics', 'answer_file', 'api',
-   'verify'),
+  (
+    'sharding',
+    'tokenizer',
+    'gguf_tokenizer',
+    'sampling',
+    'losses',
+    'advantages',
+    'estimates',
+    'rank_metrics',
+    'answer_file',
+    'api',
+    'verify',
+  ),
   ('tasks', 'model', 'data', 'preferences', 'dedup', 'optim'),
   ('presets', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),

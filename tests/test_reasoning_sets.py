@@ -10,7 +10,9 @@ from rl_reasoning.config import ConfigError, Data
 from rl_reasoning.tasks import reasoning_sets
 from rl_reasoning.tasks.preference import Unusable
 
-THOUGHT = '<|begin_of_thought|>\n\nWell, 2+2.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nIt is \\boxed{4}.\n\n<|end_of_solution|>'
+THOUGHT = (
+  '<|begin_of_thought|>\n\nWell, 2+2.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nIt is \\boxed{4}.\n\n<|end_of_solution|>'
+)
 THINK = '<think>\nWell, 2+2.\n</think>\n\nIt is \\boxed{4}.'
 MARCO = '<Thought>\nWell, 2+2.\n</Thought>\n<Output>\nIt is \\boxed{4}.\n</Output>'
 TOLD = {'from': 'system', 'value': 'Think in the marks.'}
@@ -25,7 +27,8 @@ def turns(said, user='user', assistant='assistant'):
 OPENR1 = {
   'problem': 'What is 2+2?', 'solution': 'Four.', 'answer': '4', 'problem_type': 'Algebra', 'question_type': 'math-word-problem',
   'source': 'olympiads', 'uuid': 'x', 'is_reasoning_complete': [True, False, True, True],
-  'generations': ['<think>No.</think>5', '<think>Well', THINK, '<think>Sum.</think>4'], 'correctness_math_verify': [False, True, True, True],
+  'generations': ['<think>No.</think>5', '<think>Well', THINK, '<think>Sum.</think>4'],
+  'correctness_math_verify': [False, True, True, True],
   'correctness_llama': None, 'finish_reasons': None, 'correctness_count': 2, 'messages': [{'role': 'user', 'content': 'What is 2+2?'}],
 }  # fmt: skip
 PUBLISHED = {
@@ -72,7 +75,7 @@ def test_layouts(name):
   """Failure: a layout is taken for another one, a part is lost or dressed, or a row cannot be trained on in the format."""
   row, wanted = PUBLISHED[name]
   (made, *_) = reasoning_sets.convert(row, 'f:1')
-  assert made == wanted and list(reasoning_sets.convert(row, 'f:1', name.partition(',')[0]))[0] == wanted
+  assert made == wanted == reasoning_sets.convert(row, 'f:1', name.partition(',')[0])[0]
   assert tokenizer.split_completion(tokenizer.render_completion(made)).well_formed
 
 
@@ -156,9 +159,9 @@ def test_splits(tmp_path, capsys):
   assert len(prompts('train', tmp_path / 'hub', test_share=0)) == 50
   write(tmp_path / 'hub' / 'data' / 'test-00000-of-00001.jsonl', asked(3))
   assert prompts('train', tmp_path / 'hub') == [row['question'] for row in asked(50)[3:]]
-  with pytest.raises(ConfigError, match="'data.options.test_share' cannot act"):
+  with pytest.raises(ConfigError, match=r"'data\.options\.test_share' cannot act"):
     prompts('train', tmp_path / 'hub', test_share=0)
-  with pytest.raises(ConfigError, match="'data.options.layout': 'lima' is none of"):
+  with pytest.raises(ConfigError, match=r"'data\.options\.layout': 'lima' is none of"):
     prompts('train', tmp_path / 'hub', layout='lima')
   write(tmp_path / 'bad.jsonl', [*asked(1), {'x': 1}])
   with pytest.raises(ConfigError, match=r'bad\.jsonl:2: no known layout'):
@@ -178,7 +181,9 @@ def test_trained_on(tmp_path):
   """Failure: SFT cannot read the task, or imitates other text than thought and answer in their tags."""
   path = write(tmp_path / 'rows.jsonl', [PUBLISHED['conversations'][0]])
   options = {'test_share': 0.0, 'layout': 'conversations'}
-  source = data.load(Data(task='reasoning_sets', path=str(path), options=options, cache_dir=str(tmp_path / 'c')), 'train', 0, None)
+  source = data.load(
+    Data(task='reasoning_sets', path=str(path), options=options, cache_dir=str(tmp_path / 'c')), 'train', 0, None
+  )
   assert source[0] == MADE
   tok = tokenizer.ByteTokenizer()
   tokens, flags = data.encode_row(source[0], tok, 'plain')

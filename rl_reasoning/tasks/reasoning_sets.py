@@ -1,17 +1,16 @@
-"""Published sets of reasoning, each in the columns in which it was published: rows prompt, chain_of_thought, completion, and answer where a set
-has one. From files or the hub; a layout is known by its columns, the first of LAYOUTS that a row has, or named.
+"""Published sets of reasoning in the columns in which they were published: rows prompt, chain_of_thought, completion, answer where there is
+one. From files or the hub; a layout is known by its columns, the first of LAYOUTS that a row has, or named.
 
-  layout                 sets on the hub                        made of
-  openr1_math            open-r1/OpenR1-Math-220k               problem; generations that are complete and verified (math-verify, else Llama), answer
-  openthoughts_metadata  OpenThoughts-114k, folder metadata     problem, deepseek_reasoning, deepseek_solution
-  conversations          open-thoughts/OpenThoughts-114k,       the last turn, in its marks of thought and solution or think tags, after the one
-                         bespokelabs/Bespoke-Stratos-17k        turn of the user (what the system is told is the format, which is ours here)
-  s1k_1_1                simplescaling/s1K-1.1                  question, deepseek_thinking_trajectory, deepseek_attempt
-  s1k                    simplescaling/s1K                      question, thinking_trajectories, attempt; answer where solution is a number or boxed
-  marco_o1               AIDC-AI/Marco-o1, CoT_demo.json        instruction, then response (or output) as <Thought>, <Output>
-  marco_o1_messages      the same as messages                   the last message, after the one of the user
-  numina_cot             AI-MO/NuminaMath-CoT                   problem, solution; completion and answer are the last box of the solution
-  limo                   GAIR/LIMO                              question, solution, answer
+  openr1_math            open-r1/OpenR1-Math-220k: problem, generations (complete and verified, by math-verify or Llama), answer
+  openthoughts_metadata  open-thoughts/OpenThoughts-114k, its folder metadata: problem, deepseek_reasoning, deepseek_solution
+  conversations          OpenThoughts-114k, bespokelabs/Bespoke-Stratos-17k: a turn of the user, one of the assistant in marks of thought
+                         and solution or with think tags (what the system is told is that format, and ours is another)
+  s1k_1_1                simplescaling/s1K-1.1: question, deepseek_thinking_trajectory, deepseek_attempt, solution
+  s1k                    simplescaling/s1K: question, thinking_trajectories, attempt, solution (if a number or boxed: the answer)
+  marco_o1               AIDC-AI/Marco-o1, CoT_demo.json: instruction, and response (or output) in <Thought> and <Output>
+  marco_o1_messages      the same as chat messages
+  numina_cot             AI-MO/NuminaMath-CoT: problem, solution, whose last box is completion and answer
+  limo                   GAIR/LIMO: question, solution, answer
 
 A row without the columns of its layout, or with other than texts in them, is refused with file and line. What real sets have a few of is
 left out, and counted on stderr: no or several marks, nothing verified, an empty part, no boxed answer, a text that holds our own tags.
@@ -34,7 +33,9 @@ from rl_reasoning.tokenizer import render_completion, split_completion, split_th
 from rl_reasoning.verify.math import parse_number
 
 MARKED = (
-  re.compile(r'\s*<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*', re.DOTALL),
+  re.compile(
+    r'\s*<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*', re.DOTALL
+  ),
   re.compile(r'\s*<Thought>(.*)</Thought>\s*<Output>(.*)</Output>\s*', re.DOTALL),
 )
 MARK = re.compile(r'<\|(?:begin|end)_of_(?:thought|solution)\|>|</?(?:Thought|Output)>')
@@ -84,7 +85,9 @@ def flags(row: Mapping, place: str, column: str, count: int) -> list:
 
 def openr1_math(row: Mapping, place: str) -> Iterator[dict]:
   said = row['generations']
-  check(isinstance(said, list) and all(isinstance(one, str) for one in said), f"{place}: column 'generations' is no list of texts")
+  check(
+    isinstance(said, list) and all(isinstance(one, str) for one in said), f"{place}: column 'generations' is no list of texts"
+  )
   columns = ('is_reasoning_complete', 'correctness_math_verify', 'correctness_llama')
   verdicts = zip(*(flags(row, place, column, len(said)) for column in columns), strict=True)
   found = False
@@ -99,14 +102,18 @@ def openr1_math(row: Mapping, place: str) -> Iterator[dict]:
 
 
 def openthoughts_metadata(row: Mapping, place: str) -> Iterator[dict]:
-  yield made(*(text(row, place, column) for column in ('problem', 'deepseek_reasoning', 'deepseek_solution')))
+  problem, chain, completion = (text(row, place, column) for column in ('problem', 'deepseek_reasoning', 'deepseek_solution'))
+  yield made(problem, chain, completion)
 
 
 def of_turns(turns: list[tuple[str, str]], place: str, column: str) -> dict:
   """Of one question and one answer, whatever the system was told."""
   asked = [(role, said) for role, said in turns if role != 'system']
   roles = [role for role, _ in asked]
-  check(roles == ['user', 'assistant'], f'{place}: column {column!r} has turns of {", ".join(roles) or "nobody"}, not of user, assistant')
+  check(
+    roles == ['user', 'assistant'],
+    f'{place}: column {column!r} has turns of {", ".join(roles) or "nobody"}, not of user, assistant',
+  )
   return made(asked[0][1], *split(asked[1][1]))
 
 
@@ -115,7 +122,9 @@ def conversations(row: Mapping, place: str) -> Iterator[dict]:
   good = isinstance(turns, list) and all(
     isinstance(t, dict) and ROLES.get(t.get('from', '')) and isinstance(t.get('value'), str) for t in turns
   )
-  check(good, f'{place}: column \'conversations\' is no list of {{"from", "value"}} turns of user, human, assistant, gpt or system')
+  check(
+    good, f'{place}: column \'conversations\' is no list of {{"from", "value"}} turns of user, human, assistant, gpt or system'
+  )
   yield of_turns([(ROLES[turn['from']], turn['value']) for turn in turns], place, 'conversations')
 
 
@@ -141,8 +150,8 @@ def s1k(row: Mapping, place: str) -> Iterator[dict]:
 
 
 def s1k_1_1(row: Mapping, place: str) -> Iterator[dict]:
-  found = [text(row, place, column) for column in ('question', 'deepseek_thinking_trajectory', 'deepseek_attempt')]
-  yield made(*found, gold_of(text(row, place, 'solution')))
+  chain, completion = (text(row, place, f'deepseek_{column}') for column in ('thinking_trajectory', 'attempt'))
+  yield made(text(row, place, 'question'), chain, completion, gold_of(text(row, place, 'solution')))
 
 
 def numina_cot(row: Mapping, place: str) -> Iterator[dict]:
@@ -197,7 +206,14 @@ def files(path: str, split: str) -> list[pathlib.Path]:
 
 
 def rows(
-  split: str, seed: int, size: int | None, path: str = '', *, layout: str = '', all_generations: bool = False, test_share: float = 0.1
+  split: str,
+  seed: int,
+  size: int | None,
+  path: str = '',
+  *,
+  layout: str = '',
+  all_generations: bool = False,
+  test_share: float = 0.1,
 ) -> Iterator[dict]:
   """Rows of a split, in the order of the files; prompts of the test split are left out of training.
 
