@@ -166,6 +166,13 @@ def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer)
   return pieces
 
 
+def split_thinking(text: str) -> tuple[str, str] | None:
+  """(thinking, what follows) of a text with one </think>; its <think> may stand in the prompt. None for any other text."""
+  think, closed, rest = text.partition('</think>')
+  think = think.lstrip().removeprefix('<think>')
+  return None if not closed or '</think>' in rest or '<think>' in think + rest else (think.strip(), rest.strip())
+
+
 class Parts(NamedTuple):
   think: str | None
   answer: str | None  # inside <answer>, after the thinking; None unless there is exactly one such element
