@@ -24,11 +24,12 @@ LEVELS = (
     'train',
     'generate',
     'datagen',
+    'filters',
     'judge',
     'verified_pairs',
     'lm_eval_adapter',
   ),
-  ('pipeline', 'report'),
+  ('manifest', 'stages', 'pipeline', 'report'),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
