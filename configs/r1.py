@@ -30,7 +30,8 @@ PROMPTS = {'math': 26, 'code': 17, 'stem': 22, 'logic': 15, 'helpful': 66, 'safe
 
 def get_config(
   base: str = '', data: str = '', general: str = '', cold_start: str = '', student: str = '', student_rate: float = 1e-4,
-  student2: str = '', student2_rate: float = 8e-5, fsdp: int = 1, micro_batch: int = 64, language: str = 'en', seed: int = 0, scale: float = 1.0,
+  student2: str = '', student2_rate: float = 8e-5, fsdp: int = 1, micro_batch: int = 64, language: str = 'en', seed: int = 0,
+  scale: float = 1.0,
 ) -> dict:  # fmt: skip
   # student_rate, S: 1e-4 for Qwen2.5-Math-1.5B, 8e-5 Qwen2.5-Math-7B, 7e-5 Qwen2.5-14B, 6e-5 Qwen2.5-32B.
   def scaled(count: float) -> int:

@@ -129,9 +129,7 @@ def on_one_device(tree: PyTree) -> PyTree:
 
 def identity(workdir: str) -> dict[str, int]:
   """Step and fingerprints of a run's newest checkpoint, without a look at its arrays. Raises ConfigError."""
-  manager = open_manager(workdir)
-  step = manager.latest_step()
-  check(step is not None, f'{workdir}/checkpoints holds no checkpoint')
+  manager, step, _ = open_item(workdir, 'params')
   return {'step': step, **read(manager, step, {})[1]['fingerprint']}
 
 

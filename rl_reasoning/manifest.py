@@ -20,9 +20,11 @@ from typing import Any
 from etils import epath
 
 from rl_reasoning import build, checkpoint, train
-from rl_reasoning.config import Config, check, differences, digest, flatten, plain, to_dict
+from rl_reasoning.config import Config, ConfigError, check, differences, digest, flatten, plain, to_dict
 from rl_reasoning.datagen import Generate
 
+# What a run hands on beside its weights.
+INHERITED = (('model', 'arch'), ('objective', 'name'), ('roles', 'policy', 'tokenizer'), ('roles', 'policy', 'template'))
 DEFAULTS = flatten({**to_dict(Config()), 'generate': to_dict(Generate())})
 
 
@@ -79,15 +81,14 @@ class Manifest:
     return found
 
   def identity(self, path: str) -> str:
-    """Of a run, a file or a folder; '' where there is nothing (whole) yet."""
+    """Of a run, a file or a folder; '' where there is nothing that could be read."""
     where = pathlib.Path(path).expanduser()
     if build.is_run(path):
-      if checkpoint.open_manager(path).latest_step() is None:
+      try:
+        prints, inherited = checkpoint.identity(path), [build.run_config(path, *keys) for keys in INHERITED]
+      except ConfigError:
         return ''
-      heir = [build.run_config(path, *keys.split('.')) for keys in ('model.arch', 'objective.name', 'roles.policy.tokenizer',
-                                                                   'roles.policy.template')]  # fmt: skip
-      prints = checkpoint.identity(path)
-      return digest([prints['params'], prints['rest'], heir])  # of the optimizer's state nobody takes anything
+      return digest([prints['params'], prints['rest'], inherited])  # of the optimizer's state nobody takes anything
     if where.is_file():
       return self.file_hash(where)[:12]
     found = sorted(f for f in where.rglob('*') if f.is_file()) if where.is_dir() else []

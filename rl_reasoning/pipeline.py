@@ -123,8 +123,13 @@ def check_consent(found: Mapping[str, Status], agreed: Collection[str]) -> set[s
   return agreed
 
 
+def deleted(name: str, workdir: str) -> epath.Path:
+  return epath.Path(f'{workdir}/.{name}.deleted')
+
+
 def remove(name: str, workdir: str) -> None:
-  epath.Path(f'{workdir}/{name}').rmtree()
+  epath.Path(f'{workdir}/{name}').rename(deleted(name, workdir))  # whole or not at all: a kill leaves no half of a stage
+  deleted(name, workdir).rmtree()
   print(f'== stage {name}: its old output is deleted', flush=True)
 
 
@@ -158,6 +163,9 @@ def run_pipeline(
   unknown = [name for name in rerun if name not in stages]
   check(not unknown, f'--rerun={",".join(rerun)}: no stage is called {", ".join(unknown)}; stages: {", ".join(stages)}')
   manifest = Manifest(workdir)
+  for path in (deleted(name, workdir) for name in stages):
+    if path.exists():
+      path.rmtree()
   if overwrite:
     for name in [name for name in stages if name in manifest.stages]:
       if epath.Path(f'{workdir}/{name}').exists():

@@ -210,9 +210,10 @@ def known_rewards(
     if name not in found:
       asked = np.any([speaks[function] for function in functions if name in members[function]], axis=0)
       rows = np.flatnonzero(asked).tolist()
-      given = ([x[n] for n in rows] for x in (prompts, completions, ended))
       found[name] = score_N, has_N = np.zeros(N, np.float32), np.zeros(N, bool)
-      score_N[rows], has_N[rows] = score_texts(models[name], frozen[f'reward.{name}'], *given, mesh)
+      score_N[rows], has_N[rows] = score_texts(
+        models[name], frozen[f'reward.{name}'], [prompts[n] for n in rows], [completions[n] for n in rows], [ended[n] for n in rows], mesh
+      )  # fmt: skip
     return found[name]
 
   known: dict[str, list[float | None]] = {}

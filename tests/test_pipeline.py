@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 
-from rl_reasoning import build, config, evaluators, filters, manifest, metrics, pipeline, sharding, stages
+from rl_reasoning import build, config, evaluators, filters, manifest, metrics, pipeline, sharding, stages, weights
 from rl_reasoning.config import ConfigError
 from tests.test_e2e import WALL_CLOCK, assert_same, everything
 from tests.test_filters import read, row, write
@@ -136,11 +136,18 @@ def test_changed_files(source, tmp_path, made):
 
 
 def test_moved(source, tmp_path, made):
-  """Failure: a workdir that was moved is made again."""
+  """Failure: a workdir that was moved is made again, or one without a manifest is not taken up."""
   run = runner(chain(source), tmp_path / 'run', made)
   run()
-  (tmp_path / 'run').rename(tmp_path / 'elsewhere')
-  assert runner(chain(source), tmp_path / 'elsewhere', made)() == []
+  folder = (tmp_path / 'run').rename(tmp_path / 'elsewhere')
+  run = runner(chain(source), folder, made)
+  assert run() == []
+  (folder / 'manifest.json').unlink()  # a workdir from before there was one: its stages tell by themselves what they are
+  before = (folder / 'a' / 'data.jsonl').stat().st_mtime_ns
+  assert all(word.startswith('partly') for word in words(chain(source), folder).values()) and run() == ['a', 'b', 'c']
+  assert (
+    words(chain(source), folder) == dict.fromkeys('abc', 'done') and (folder / 'a' / 'data.jsonl').stat().st_mtime_ns == before
+  )
 
 
 def test_cut_and_changed(source, tmp_path, made, monkeypatch):
@@ -400,7 +407,10 @@ def test_chain_goes_on_where_it_was_cut(general, tmp_path, monkeypatch):
     assert reached[-1] == place
   pipeline.run_pipeline(chosen, str(cut))
   assert_same_chain(cut, whole)
+  for module, name in ((build, 'build'), (build, 'load_params'), (weights, 'save')):
+    monkeypatch.setattr(module, name, None)  # nothing is opened where all is done
   assert words(chosen, cut) == dict.fromkeys(chosen, 'done')
+  assert pipeline.run_pipeline(chosen, str(cut)) == json.loads((cut / 'summary.json').read_text())
 
 
 @pytest.mark.prove
