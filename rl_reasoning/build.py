@@ -192,6 +192,8 @@ def inert_sections(config: Config) -> dict[str, str]:
   why = {}
   if config.data.mixture:
     why |= dict.fromkeys(('data.task', 'data.path', 'data.options', 'data.train_size'), 'data.mixture names the tasks')
+  else:
+    why['rewards.only'] = 'there is no data.mixture whose tasks it could name'
   if config.data.curriculum == 'none':
     why |= dict.fromkeys(('data.curriculum_floor', 'data.curriculum_decay'), 'data.curriculum is none')
   if not any(':' in name for name in config.rewards.functions):

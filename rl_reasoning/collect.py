@@ -83,12 +83,15 @@ def model_rewards(
   texts: Sequence[str],
   ended: Any,
   columns: Mapping[str, Sequence],
+  routes: Mapping[str, np.ndarray],
 ) -> dict[str, list[float | None]]:
   """What the reward models that `rewards.functions` names say of completions; prompts as the data have them."""
   if not run.reward_models:
     return {}
   functions, combined = run.config.rewards.functions, config_lib.combinations(run.config)
-  return reward_models.known_rewards(functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh)
+  return reward_models.known_rewards(
+    functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh, routes
+  )
 
 
 def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: jax.Array, timer: PhaseTimer) -> Judged:
@@ -111,12 +114,13 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
     columns = rewards.columns_of([row for row in rows for _ in range(group)])
     r = config.rewards
     whole = [from_thinking(a, text) for a, text in zip(asked, texts, strict=True)]
+    routes = rewards.routes(config, columns, len(texts))
     known = model_rewards(
-      run, state.frozen, [row['prompt'] for row in rows for _ in range(group)], whole, ~rolled.truncated_N, columns
+      run, state.frozen, [row['prompt'] for row in rows for _ in range(group)], whole, ~rolled.truncated_N, columns, routes
     )
     scores = rewards.score(
       r.functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
-      max_completion_length=config.rollout.max_completion_length, known=known,
+      max_completion_length=config.rollout.max_completion_length, known=known, routes=routes,
     )  # fmt: skip
   return Judged(rows, prompts, asked, texts, rolled, scores)
 

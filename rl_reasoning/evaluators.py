@@ -167,10 +167,11 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
   limit = evaluator.max_completion_length or config.rollout.max_completion_length
   prompts = [rows[s['problem']]['prompt'] for s in samples]
   texts, ended = [from_thinking(s['prompt'], s['completion']) for s in samples], [not s['truncated'] for s in samples]
-  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns)
+  routes = rewards.routes(config, columns, len(samples))
+  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns, routes)
   scores = score(
     names, config.rewards.on_error, asked, completions, ids, columns, options=config.rewards.options, timeout=config.rewards.timeout,
-    max_completion_length=limit, known=known,
+    max_completion_length=limit, known=known, routes=routes,
   )  # fmt: skip
   weights = config.rewards.weights or (1.0,) * len(names)
   paid, has = np.zeros(len(samples)), np.zeros(len(samples))

@@ -193,18 +193,27 @@ def known_rewards(
   ended: Sequence[bool],
   columns: Mapping[str, Sequence],
   mesh: Mesh | None = None,
+  routes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[float | None]]:
   """The columns of those `functions` that are reward models or combinations, for `rewards.score(..., known=...)`.
 
   `frozen` holds the weights of model NAME under 'reward.NAME'; every model runs once, whoever asks for it. The column `safety` of the data
-  marks prompts for the llama2 rule. Rows as in `score_texts`.
+  marks prompts for the llama2 rule. Rows as in `score_texts`; a name in `routes` has a value on its own rows only, and a model scores no
+  row that nobody asks it about.
   """
   N = len(completions)
+  speaks = {name: np.ones(N, bool) if not routes or name not in routes else routes[name] for name in functions}
+  members = {name: combinations[name].of if name in combinations else (name,) for name in functions}
   found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
   def scored(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name not in found:
-      found[name] = score_texts(models[name], frozen[f'reward.{name}'], prompts, completions, ended, mesh)
+      asked = np.any([speaks[function] for function in functions if name in members[function]], axis=0)
+      rows = np.flatnonzero(asked).tolist()
+      found[name] = score_N, has_N = np.zeros(N, np.float32), np.zeros(N, bool)
+      score_N[rows], has_N[rows] = score_texts(
+        models[name], frozen[f'reward.{name}'], [prompts[n] for n in rows], [completions[n] for n in rows], [ended[n] for n in rows], mesh
+      )  # fmt: skip
     return found[name]
 
   known: dict[str, list[float | None]] = {}
@@ -216,9 +225,10 @@ def known_rewards(
       for mark in marks:
         check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
       safety_N = np.asarray([bool(mark) for mark in marks])
-      score_N, has_N = combine(c.rule, score_MN, has_MN, safety_N, c.k, c.threshold)
+      score_N, has_N = combine(c.rule, score_MN, has_MN & speaks[name], safety_N, c.k, c.threshold)
     elif name in models:
       score_N, has_N = scored(name)
+      has_N = has_N & speaks[name]
     else:
       continue
     known[name] = [float(s) if has else None for s, has in zip(score_N, has_N, strict=True)]

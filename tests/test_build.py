@@ -115,7 +115,7 @@ OTHER = {
   'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
   'rollout.chunk': 4,
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
-  'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}},
+  'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
   'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
   'mesh.fsdp': 2, 'mesh.tensor': 2,
@@ -587,10 +587,7 @@ def test_configs(monkeypatch):
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   for file in ('rlhf_nano', 'best_of_k'):
-    earlier: dict = {}
-    for name, settings in config.read_file(f'configs/{file}.py')['stages'].items():
-      pipeline.check_stage(settings, '/no/such', earlier)
-      earlier[name] = settings
+    pipeline.check_stages(config.read_file(f'configs/{file}.py')['stages'], '/no/such')
 
 
 def test_batch_sizes():

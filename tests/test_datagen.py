@@ -642,10 +642,7 @@ def test_rounds_of_the_config():
   last, or trains on another round's data."""
   chosen = config.read_file('configs/best_of_k.py:rounds=3,size=100')['stages']
   assert list(chosen) == ['base', *(f'round{n}_{kind}' for n in (1, 2, 3) for kind in ('generate', 'train'))]
-  earlier: dict = {}
-  for name, settings in chosen.items():
-    pipeline.check_stage(settings, '/tmp/no such folder', earlier)
-    earlier[name] = settings
+  pipeline.check_stages(chosen, '/tmp/no such folder')
   for n in (1, 2, 3):
     made, trained = chosen[f'round{n}_generate'], chosen[f'round{n}_train']
     assert (made['generate']['first'], made['generate']['size'], made['data']['train_size']) == (100 * (n - 1), 100, 300)

@@ -42,11 +42,12 @@ LEVELS = (
     'data_from_sets',
     'data_written',
     'datagen',
+    'filters',
     'judge',
     'verified_pairs',
     'lm_eval_adapter',
   ),
-  ('pipeline', 'report'),
+  ('manifest', 'stages', 'pipeline', 'report'),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
