@@ -78,6 +78,12 @@ class Critic:
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher:
+  init: str = ''  # as of Role; it may be larger than the policy, or of another architecture
+  tokenizer: str = ''  # as of Role; it must have the policy's tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
   """A reward model of `roles.reward`; its name may stand in `rewards.functions`."""
 
@@ -92,6 +98,7 @@ class Roles:
   policy: Role = Role()  # the network that is trained: for the reward-model objectives that is the reward model
   ref: Role = Role()  # init '': the policy's own start
   critic: Critic = Critic()
+  teacher: Teacher = Teacher()
   reward: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> a Reward
 
 

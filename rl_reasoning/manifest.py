@@ -21,7 +21,7 @@ from etils import epath
 
 from rl_reasoning import build, checkpoint, train
 from rl_reasoning.config import Config, ConfigError, check, differences, digest, flatten, plain, to_dict
-from rl_reasoning.datagen import Generate
+from rl_reasoning.data_settings import Generate
 
 # What a run hands on beside its weights.
 INHERITED = (('model', 'arch'), ('objective', 'name'), ('roles', 'policy', 'tokenizer'), ('roles', 'policy', 'template'))
