@@ -470,16 +470,19 @@ def model_names(config: Config) -> set[str]:
   return {*config.roles.reward, *config.rewards.combinations}
 
 
-def load_reward_models(config: Config, mesh: Mesh) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
-  """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). Raises ConfigError."""
+def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
+  """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). `process`: process models, too. Raises
+  ConfigError."""
   models, params = {}, {}
   for name, role in reward_roles(config).items():
     init = role.init
     check(pathlib.Path(init).exists(), f"config key 'roles.reward.{name}.init': {init!r} does not exist")
     ours = is_run(init)
-    role = reward_models.resolve(name, role, run_config(init) if ours else None)
+    trained = run_config(init) if ours else None
+    role = reward_models.resolve(name, role, trained, process)
     arch, shift = read_arch(init), reward_model.shift(checkpoint.restore_aux(init)) if ours else weights.score_shift(init)
-    models[name] = reward_models.make(name, role, arch, shift, config.model.dtype)
+    of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
+    models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
     params[f'reward.{name}'] = load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
   return models, params
 
