@@ -8,8 +8,8 @@ Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_n
 Hardware: 2 CPU cores.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
-<think>then7+9=16;\u0442\u043e16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian than in
-in English, mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
+<think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian
+than in English, mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
 
   base                     SFT on the careless author and on reviews: what stands for the pretrained model
   r1_zero                  GRPO from the base on accuracy and format alone; the reference is replaced every `sync` updates

@@ -49,7 +49,7 @@ from rl_reasoning import (
   train,
 )
 from rl_reasoning.config import Config, Rewards, Rollout, check
-from rl_reasoning.datagen import split_steps
+from rl_reasoning.data_from_checkpoint import split_steps
 from rl_reasoning.estimates import bootstrap_interval, mean_and_error
 from rl_reasoning.inference_methods import (
   Asked,
