@@ -27,10 +27,10 @@ from rl_reasoning.structs import Array, PyTree
 from rl_reasoning.tokenizer import Tokenizer
 
 
-@functools.partial(jax.jit, static_argnames=('block', 'length'))
-def numbers(key: jax.Array, problem_N: Array, slot_NG: Array, drawn_NG: Array, block: int, length: int) -> Array:
-  """[N, G, length] uniform numbers: those that slot `slot` of a problem comes to after `drawn` others. Its stream has no end, and its first
-  `block` numbers are those of rollout.uniforms for that member. `length` is at most `block`."""
+@functools.partial(jax.jit, static_argnames=('block',))
+def numbers(key: jax.Array, problem_N: Array, slot_NG: Array, drawn_NG: Array, block: int) -> Array:
+  """[N, G, block] uniform numbers: those that slot `slot` of a problem comes to after `drawn` others. Its stream has no end, and its first
+  `block` numbers are those of rollout.uniforms for that member."""
 
   def row(problem, slot, drawn):
     own = jax.random.fold_in(jax.random.fold_in(key, problem), slot)
@@ -39,7 +39,7 @@ def numbers(key: jax.Array, problem_N: Array, slot_NG: Array, drawn_NG: Array, b
       return jnp.where(n == 0, jax.random.uniform(own, (block,)), jax.random.uniform(jax.random.fold_in(own, n), (block,)))
 
     two = jnp.concatenate([piece(drawn // block), piece(drawn // block + 1)])
-    return jax.lax.dynamic_slice_in_dim(two, drawn % block, length)
+    return jax.lax.dynamic_slice_in_dim(two, drawn % block, block)
 
   return jax.vmap(lambda p, slots, drawn: jax.vmap(lambda s, d: row(p, s, d))(slots, drawn))(problem_N, slot_NG, drawn_NG)
 
@@ -104,7 +104,7 @@ class Source(NamedTuple):
     rolled = rollout.generate(
       self.params, run.arch, [prompts[i] for i in index], settings=dataclasses.replace(self.settings, max_completion_length=length),
       group=group, end_ids=end_ids, dtype=run.config.model.dtype, mesh=run.mesh,
-      u_BGC=numbers(jax.random.key(self.seed), problem_N, slot_NG, used_NG, block, length),
+      u_BGC=numbers(jax.random.key(self.seed), problem_N, slot_NG, used_NG, block)[:, :, :length],
     )  # fmt: skip
 
     def one(row: int) -> Drawn:

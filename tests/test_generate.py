@@ -1,6 +1,7 @@
 """The command line of text: what is streamed is what is sampled, thinking is folded, and mistakes are one line."""
 
 import io
+import itertools
 import sys
 
 import jax
@@ -36,7 +37,11 @@ def test_stream(temperature):
 
   free = whole(TOKENIZER.end_ids)
   got = list(chat.stream(talker, prompt, 2))
-  assert got[-1] == free and all(b[: len(a)] == a and len(b) - len(a) <= chat.PACE for a, b in zip(got, got[1:])) and len(got) > 3
+  assert (
+    got[-1] == free
+    and all(b[: len(a)] == a and len(b) - len(a) <= chat.PACE for a, b in itertools.pairwise(got))
+    and len(got) > 3
+  )
   last = free[len(free) // 2]
   if temperature:
     tok = tokenizer.ByteTokenizer()
@@ -153,8 +158,9 @@ def test_settings_of_a_talk(answers, opened, monkeypatch):
   generate.main(['ask', '--checkpoint=x', '--seed=3', '--temperature=0.5', '--top-p=0.8', '--max-tokens=9', 'q'])
   generate.main(['ask', '--checkpoint=x', '--temperature=0', 'q'])
   assert seen == [
-    (Rollout(max_completion_length=9, temperature=0.5, top_p=0.8), 3), (Rollout(max_completion_length=1024, temperature=0.0), 0)
-  ]  # fmt: skip
+    (Rollout(max_completion_length=9, temperature=0.5, top_p=0.8, chunk=256), 3),
+    (Rollout(max_completion_length=1024, temperature=0.0, chunk=256), 0),
+  ]
 
 
 @pytest.mark.parametrize(

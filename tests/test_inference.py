@@ -94,14 +94,14 @@ def test_stream_of_numbers():
   key = jax.random.key(5)
   own = np.asarray(rollout.uniforms(key, np.asarray([6, 9]), 3, 8))
 
-  def numbers(problems, slots, drawn, length=8):
-    return np.asarray(rounds.numbers(key, *map(np.asarray, (problems, slots, drawn)), 8, length))
+  def numbers(problems, slots, drawn):
+    return np.asarray(rounds.numbers(key, *map(np.asarray, (problems, slots, drawn)), 8))
 
   whole = np.concatenate([numbers([6, 9], [[0, 1, 2]] * 2, [[n] * 3] * 2) for n in (0, 8, 16)], axis=-1)
   np.testing.assert_array_equal(whole[..., :8], own)
   assert len({*whole.ravel().tolist()}) == whole.size
-  some = numbers([9], [[2, 0]], [[5, 13]], 6)
-  np.testing.assert_array_equal(some[0], [whole[1, 2, 5:11], whole[1, 0, 13:19]])
+  some = numbers([9], [[2, 0]], [[5, 13]])
+  np.testing.assert_array_equal(some[0], [whole[1, 2, 5:13], whole[1, 0, 13:21]])
 
 
 def test_one_round_is_plain_sampling(words):
@@ -423,7 +423,7 @@ def settings_of(cache, scale=SCALE, **keys) -> dict:
     (lambda s: s.update(roles={}), "'scale.best.by': 'rm' is none of oracle, roles.reward: it is empty"),
     (lambda s: s['scale'].update({'a/b': {'method': 'vote'}}), "'scale.a/b': the name is that of a file"),
     (lambda s: s['scale'].update(x=3), "'scale.x': 3 is not a mapping"),
-    (lambda s: s['data'].update(mixture={'a': {'task': 'linear'}}), "'data.options': data.mixture names the tasks"),
+    (lambda s: s['data'].update(mixture={'a': {'task': 'linear'}}), "'data.options.high': data.mixture names the tasks"),
   ],
 )
 def test_sections_refused(change, wanted, tmp_path):
