@@ -435,6 +435,7 @@ def test_kill_at_random_moments(general, tmp_path):
       while process.poll() is None and time.time() < end:
         time.sleep(0.01)
       if process.poll() is not None:
+        assert process.returncode == 0
         break
       kill_when(process, lambda: True)
       kills += 1
