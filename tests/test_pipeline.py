@@ -299,14 +299,14 @@ def test_the_full_recipe(tmp_path, monkeypatch):
 
 def micro(cache: str, general: str) -> dict:
   """All kinds of stages, as small as they get: a base, RL on it, its samples filtered and joined with other rows, SFT of the base on them,
-  an export, and evaluations of a run and of the export."""
+  an export, and evaluations of a run and of the export. Sizes are such that stages share their compiled programs."""
   data = {'task': 'arithmetic', 'train_size': 256, 'batch_size': 16, 'cache_dir': cache}
   rollout = {'max_completion_length': 24, 'chunk': 24}
   rewards = {'functions': ('accuracy', 'format_tags'), 'weights': (1.0, 0.2)}
   base = {'roles': {'policy': {'init': '{workdir}/base'}}}
   measured = {
     'data': {'task': 'arithmetic', 'max_prompt_length': 32, 'cache_dir': cache}, 'rollout': rollout, 'rewards': rewards,
-    'eval': {'size': 16, 'batch_size': 8, 'evaluators': {'greedy': {}, 'two': {'num_samples': 2, 'temperature': 1.0}}},
+    'eval': {'size': 16, 'batch_size': 8, 'evaluators': {'four': {'num_samples': 4, 'temperature': 1.0}}},
   }  # fmt: skip
   sft = {'objective': {'name': 'sft'}, 'optim': {'learning_rate': 5e-3}, 'log_every': 2}
   return {
@@ -327,8 +327,8 @@ def micro(cache: str, general: str) -> dict:
       'inputs': {'sampled': '{workdir}/sample/data.jsonl', 'general': general}, 'steps': ({'name': 'duplicates'},), 'sizes': {'general': 8},
     }},
     'tuned': {
-      **sft, **base, 'total_steps': 4, 'data': {'task': 'dataset', 'path': '{workdir}/joined/data.jsonl', 'batch_size': 8, 'max_length': 64,
-                                                'cache_dir': cache}, 'checkpoint': {'every': 2},
+      **sft, **base, 'total_steps': 4, 'checkpoint': {'every': 2},
+      'data': {'task': 'dataset', 'path': '{workdir}/joined/data.jsonl', 'batch_size': 16, 'max_length': 64, 'cache_dir': cache},
     },
     'measured': {**measured, 'evaluate': {'checkpoint': '{workdir}/tuned'}},
     'exported': {'export': {'checkpoint': '{workdir}/tuned'}},
@@ -421,27 +421,33 @@ def test_kill_at_random_moments(general, tmp_path):
   def command(workdir) -> list[str]:
     return [sys.executable, '-m', 'rl_reasoning.pipeline', f'--config={tmp_path / "micro.py"}', f'--workdir={workdir}']
 
-  whole, began = tmp_path / 'whole', time.time()
-  assert start(command(whole)).wait() == 0
-  took, draw, kills, chains = time.time() - began, random.Random(0), 0, 0
-  print(f'uninterrupted: {took:.0f} s')
+  whole, took, draw, kills, chains = tmp_path / 'whole', 0.0, random.Random(0), 0, 0
+  for workdir in (tmp_path / 'first', whole):  # the first one compiles
+    began = time.time()
+    assert start(command(workdir)).wait() == 0
+    took = time.time() - began
+  assert_same_chain(tmp_path / 'first', whole)
   while kills < 20:
     chains += 1
-    workdir = tmp_path / f'killed{chains}'
+    workdir, process, made = tmp_path / f'killed{chains}', None, {}
     for _ in range(10):  # each gets on by a part of the chain, wherever that ends
       process, end = start(command(workdir)), time.time() + draw.uniform(0.1, 0.5) * took
-      kill_or_end(process, end)
-      if process.returncode == 0:
+      while process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+      if process.poll() is not None:
+        assert process.returncode == 0
         break
+      kill_when(process, lambda: True)
       kills += 1
-    assert process.returncode == 0 or start(command(workdir)).wait() == 0
+      made |= finished(workdir)
+    assert process and (process.returncode == 0 or start(command(workdir)).wait() == 0)
     assert_same_chain(workdir, whole)
-  print(f'{kills} kills in {chains} chains')
+    assert made.items() <= finished(workdir).items()  # nothing that was done was done again
+  print(f'{kills} kills in {chains} chains; uninterrupted: {took:.0f} s')
 
 
-def kill_or_end(process, end: float) -> None:
-  """kill -9 at that time, unless it has ended by itself."""
-  while process.poll() is None and time.time() < end:
-    time.sleep(0.01)
-  if process.poll() is None:
-    kill_when(process, lambda: True)
+def finished(workdir) -> dict[str, str]:
+  """When each stage was done that is."""
+  path = workdir / 'manifest.json'
+  entries = json.loads(path.read_text())['stages'] if path.exists() else {}
+  return {name: entry['finished'] for name, entry in entries.items() if 'finished' in entry}
