@@ -48,7 +48,6 @@ def get_config(
 
   def evaluation(stage: str) -> dict:
     return {
-      'seed': seed,
       'data': {'task': 'arithmetic', 'options': TASK, 'max_prompt_length': 16},
       'rollout': rollout,
       'rewards': consistent,
@@ -65,7 +64,7 @@ def get_config(
       'total_steps': scaled(steps),
       'log_every': 50,
       **({'roles': {'policy': {'init': init}}} if init else {}),
-      'data': {**data, 'batch_size': 64, 'max_length': 96, 'max_prompt_length': 16},
+      'data': {**data, 'batch_size': 64, 'max_length': 96},
       'objective': {'name': 'sft'},
       'optim': {'learning_rate': learning_rate, 'schedule': 'cosine', 'warmup_updates': 10},
       **saved,
