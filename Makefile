@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove lint clean
+.PHONY: demo r1-nano test prove lint clean
 demo: $(VENV)/.run
 	$(BIN)/python -m rl_reasoning.pipeline --config=configs/demo.py --workdir=runs/demo
+
+r1-nano: $(VENV)/.run
+	$(BIN)/python -m rl_reasoning.pipeline --config=configs/r1_nano.py --workdir=runs/r1_nano
 
 test: $(VENV)/.dev $(VENV)/.sandbox
 	$(BIN)/python -m pytest

@@ -5,7 +5,8 @@
 
 Every outcome is appended to a file of JSON lines, under a hash of model, messages and options (not of the URL), before it is handed on:
 whoever asks again with the same file asks only for what is missing. Failures are recorded, and asked again. Equal requests are one request:
-for several samples of one prompt use the option `n`, or different seeds. Local files only: a bucket cannot append.
+several samples of one prompt differ in `sample` (not every server has the options n and seed). What was on its way at a kill is
+asked again; Ctrl-C waits for it. Local files only: a bucket cannot append.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import email.utils
-import fcntl
 import hashlib
 import json
 import os
-import pathlib
 import queue
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import requests
 import urllib3
 
+from rl_reasoning.answer_file import GARBLED, Answer, Cache, Failure, Usage
 from rl_reasoning.config import ConfigError, check
 
 CONNECT_S = 10.0  # to connect; Endpoint.timeout is for the reply
@@ -36,8 +37,7 @@ LONGEST_TIMEOUT = 86400.0  # sockets take no infinity
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600.0  # an endpoint that asks for a longer pause (Retry-After) ends the call
 MOST_FAILURES = 20  # in a row: then the fault is not with single requests
-# What JSON of another shape than the expected one raises (the last one: int(1e999)).
-GARBLED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+MOST_SPOILT = 4  # replies without an answer, and no error, to one request: each may cost what an answer costs
 TEMPLATE_TOKENS = 256  # what a server's chat template may add to a prompt, in a budget's upper bound
 
 
@@ -50,35 +50,14 @@ class Endpoint:
   timeout: float = 600.0  # seconds without a byte of the reply
   attempts: int = 8  # POSTs for one request: with the default backoff about two minutes of trouble
   backoff: float = 1.0  # seconds before the second attempt, twice as many before each further one, less up to a half at random
+  answers_as: str = ''  # the model that replies name, where `model` is an alias of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
   messages: Sequence[Mapping[str, str]]
   options: Mapping[str, Any]  # what else the body holds: temperature, max_tokens, n, seed, ...
-
-
-class Usage(NamedTuple):
-  posts: int = 0
-  prompt_tokens: int = 0
-  completion_tokens: int = 0
-
-  def plus(self, other: Usage) -> Usage:
-    return Usage(*(a + b for a, b in zip(self, other)))
-
-  def minus(self, other: Usage) -> Usage:
-    return Usage(*(a - b for a, b in zip(self, other)))
-
-
-class Answer(NamedTuple):
-  texts: tuple[str, ...]  # one a choice; a server that ignores the option n gives fewer
-  reasonings: tuple[str, ...]  # the thinking that a server hands out apart from the text; '' where it does not
-  finished: tuple[str, ...]  # finish_reason: 'stop', or 'length' where max_tokens cut it
-
-
-class Failure(NamedTuple):
-  reason: str
-  refused: bool = False  # the endpoint will not have this request (4xx); else it did not answer in all attempts
+  sample: int = 0  # tells requests apart that the endpoint cannot: the nth sample of a prompt
 
 
 class Again(NamedTuple):
@@ -86,6 +65,7 @@ class Again(NamedTuple):
 
   reason: str
   connected: bool = True  # False: nothing was sent
+  hint: str = ''  # of a reply of status 200 that is no answer: what may be wrong where all are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,78 +114,6 @@ class Budget:
     )
     text = json.dumps(list(request.messages), ensure_ascii=False).encode(errors='surrogatepass')
     return Usage(1, len(text) + TEMPLATE_TOKENS, longest * choices)
-
-
-def outcome_of(line: dict[str, Any]) -> Answer | Failure:
-  """What a line of the file of answers holds. Raises KeyError, TypeError."""
-  return Answer(*map(tuple, line['answer'])) if 'answer' in line else Failure(*line['failure'])
-
-
-class Cache:
-  """The file of answers. One process at a time; in memory are only the places of its lines.
-
-  A last line that was torn (a kill, a full disk) is cut off. Raises ConfigError for a file that holds anything else, naming the line.
-  """
-
-  def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
-    self.places: dict[str, tuple[int, int]] = {}  # key -> offset and length of its last line
-    self.used = Usage()
-    self.lock = threading.Lock()
-    try:
-      self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-      raise ConfigError(f'{self.path}: {error.strerror}') from None
-    try:
-      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      self.read()
-    except BlockingIOError:
-      os.close(self.file)
-      raise ConfigError(f'{self.path}: another process is using it') from None
-    except ConfigError:
-      os.close(self.file)
-      raise
-
-  def read(self) -> None:
-    self.end = 0
-    with open(self.file, 'rb', closefd=False) as lines:
-      for number, line in enumerate(lines, 1):
-        whole = line.endswith(b'\n')
-        if not whole and (line.startswith(b'{"key": "') or b'{"key": "'.startswith(line)):
-          os.ftruncate(self.file, self.end)
-          return
-        try:
-          found = json.loads(line)
-          outcome_of(found)
-          self.places[str(found['key'])] = (self.end, len(line))
-          self.used = self.used.plus(Usage(*map(int, found['used'])))
-        except GARBLED as error:
-          raise ConfigError(f'{self.path}:{number}: no line of a file of answers: {type(error).__name__}: {error}') from None
-        self.end += len(line)
-
-  def get(self, key: str) -> Answer | Failure | None:
-    with self.lock:
-      place = self.places.get(key)
-    if place is None:
-      return None
-    return outcome_of(json.loads(os.pread(self.file, place[1], place[0])))
-
-  def put(self, key: str, outcome: Answer | Failure, used: Usage) -> None:
-    kind = 'answer' if isinstance(outcome, Answer) else 'failure'
-    line = json.dumps({'key': key, 'used': used, kind: outcome}).encode() + b'\n'
-    with self.lock:
-      try:
-        written = 0
-        while written < len(line):
-          written += os.pwrite(self.file, line[written:], self.end + written)
-      except OSError as error:  # whatever was written is beyond `end`: the next line goes over it
-        os.ftruncate(self.file, self.end)
-        raise ConfigError(f'{self.path}: {error.strerror}; mend it, and the same command goes on') from error
-      self.places[key] = self.end, len(line)
-      self.used, self.end = self.used.plus(used), self.end + len(line)
-
-  def close(self) -> None:
-    os.close(self.file)
 
 
 def checked_url(base_url: str) -> str:
@@ -257,8 +165,20 @@ def told(text: str) -> str:
   return ' '.join(text.split())
 
 
-def read_reply(body: bytes) -> tuple[Answer, tuple[int, int] | None]:
-  """(answer, (prompt tokens, completion tokens) or None) of a body. Raises GARBLED."""
+def same_model(asked: str, answered: str) -> bool:
+  """Whether a reply's `model` is the one that was asked: path and case aside, and a date or ':tag' that an endpoint adds (gpt-4o answers as
+  gpt-4o-2024-08-06). Nothing else may follow: gpt-4o-mini is another model."""
+  asked, answered = (name.rpartition('/')[2].casefold() for name in (asked, answered))
+  return not answered or bool(re.fullmatch(rf'{re.escape(asked)}(?:[-@][0-9][0-9-]*)?(?::[\w.-]+)?', answered))
+
+
+def blank(answer: Answer) -> bool:
+  """Whether an answer says nothing. One that was cut before its text did its work: asked again, it would be cut again."""
+  return not any(text.strip() for text in answer.texts) and 'length' not in answer.finished
+
+
+def read_reply(body: bytes) -> tuple[Answer, tuple[int, int] | None, str]:
+  """(answer, (prompt tokens, completion tokens) or None, the model's name or '') of a body. Raises GARBLED."""
   found = json.loads(body)
   choices = [(choice['message'], choice.get('finish_reason') or '') for choice in found['choices']]
   if not choices:
@@ -274,7 +194,8 @@ def read_reply(body: bytes) -> tuple[Answer, tuple[int, int] | None]:
   )
   usage = found.get('usage')
   tokens = (int(usage['prompt_tokens']), int(usage.get('completion_tokens') or 0)) if usage else None
-  return Answer(tuple(texts), tuple(reasonings), tuple(str(reason) for _, reason in choices)), tokens
+  answer = Answer(tuple(texts), tuple(reasonings), tuple(str(reason) for _, reason in choices))
+  return answer, tokens, str(found.get('model') or '')
 
 
 class Client:
@@ -304,6 +225,7 @@ class Client:
 
   def hash(self, request: Request) -> str:
     asked = {'model': self.endpoint.model, 'messages': list(request.messages), 'options': dict(request.options)}
+    asked |= {'sample': request.sample} if request.sample else {}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
   def known(self, request: Request) -> Answer | Failure | None:
@@ -384,7 +306,7 @@ class Client:
 
   def ask(self, session: requests.Session, key: str, request: Request) -> Answer | Failure | None:
     """The outcome of one request, recorded. None: the budget or the caller's leaving came before an answer."""
-    bound, used, reply = self.budget.bound(request), Usage(), Again('')
+    bound, used, spoilt, reply = self.budget.bound(request), Usage(), 0, Again('')
     body = json.dumps({'model': self.endpoint.model, 'messages': list(request.messages), **request.options}).encode()
     for attempt in range(self.endpoint.attempts):
       if not self.pause(attempt) or not self.reserve(bound):
@@ -397,11 +319,15 @@ class Client:
       finally:
         self.settle(bound, charged)
       used = used.plus(charged)
-      if not isinstance(reply, Again):
+      spoilt += isinstance(reply, Again) and bool(reply.hint)
+      if not isinstance(reply, Again) or spoilt == MOST_SPOILT:
         break
     if isinstance(reply, Again):
       check(reply.connected, f'{self.url} can no longer be reached: {reply.reason}; the same command goes on')
-      reply = Failure(f'{reply.reason}; {self.endpoint.attempts} attempts')
+      last, reply = reply, Failure(f'{reply.reason}; {used.posts} attempts')
+      if last.hint and not self.answered:  # no chance, which would have spared some other request
+        self.record(key, reply, used)
+        raise ConfigError(f'{self.url}: {last.reason}; {last.hint}')
     self.record(key, reply, used)
     return reply
 
@@ -459,14 +385,19 @@ class Client:
     self.reached, status, tokens = True, response.status_code, None
     if status == 200:
       try:
-        answer, tokens = read_reply(response.content)
+        answer, tokens, model = read_reply(response.content)
       except GARBLED as error:
         said = self.quote(told(response.text))
         reason = f'the reply is no chat completion ({type(error).__name__}: {error}): {said}'
-        check(self.answered, f'{self.url}: {reason}; is this the base URL of an OpenAI-compatible endpoint?')
-        return Again(reason), bound
+        return Again(reason, hint='is this the base URL of an OpenAI-compatible endpoint?'), bound
+      charged, wanted = Usage(1, *tokens) if tokens else bound, self.endpoint.answers_as or self.endpoint.model
+      if not same_model(wanted, model):
+        reason = f'the reply is of model {self.quote(model)!r}, not of {wanted!r}'
+        return Again(reason, hint='if it is an alias, say under which name its answers come'), charged
+      if blank(answer):
+        return Again(f'the reply is empty ({answer.finished[0]})', hint='do its options leave room for an answer?'), charged
       self.answered = True
-      return answer, Usage(1, *tokens) if tokens else bound
+      return answer, charged
     reason = f'{status}: {self.quote(told(response.text))}'
     # A single request may be forbidden (403) for what it says.
     if status in (401, 402) or (status == 403 and not self.answered) or (status == 429 and 'insufficient_quota' in response.text):
@@ -483,3 +414,12 @@ class Client:
         self.resume_at = max(self.resume_at, time.monotonic() + wait) if wait else self.resume_at
       return Again(reason), bound if status == 504 else Usage(1)  # behind a gateway that waits no longer, work may go on
     return Failure(reason, refused=True), Usage(1)
+
+
+def ask_all(client: Client, asked: Iterable[Request], total: int) -> None:
+  """Every outcome into the file of answers, telling how far it is every ten seconds."""
+  told_at = time.monotonic()
+  for count, _ in enumerate(client.complete(asked), 1):
+    if time.monotonic() - told_at > 10:
+      told_at = time.monotonic()
+      print(f'{count:,} of {total:,} answers', flush=True)

@@ -22,6 +22,7 @@ from rl_reasoning.config import (
   Config,
   ConfigError,
   Role,
+  Teacher,
   check,
   coerce,
   differences,
@@ -32,7 +33,7 @@ from rl_reasoning.config import (
   reward_roles,
 )
 from rl_reasoning.model import Arch
-from rl_reasoning.objectives import OBJECTIVES, reward_model
+from rl_reasoning.objectives import OBJECTIVES, reads_rewards, reward_model
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.objectives.ppo import Ppo
 from rl_reasoning.presets import PRESETS
@@ -168,6 +169,23 @@ def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
   return tok
 
 
+def check_teacher(teacher: Teacher, arch: Arch, tok: tokenizer.Tokenizer, own: str) -> None:
+  """Refuses a teacher whose tokens are not those of the policy's tokenizer `tok`, called `own`: distributions over other things cannot be
+  compared. Embeddings may be padded to other sizes."""
+  check(tok.vocab_size <= arch.vocab_size, f"config key 'roles.teacher.init': {teacher.init} has {arch.vocab_size} embeddings, the "
+        f"policy's tokenizer {tok.vocab_size} ids")  # fmt: skip
+  if teacher.tokenizer == own:
+    return
+  key = "config key 'roles.teacher.tokenizer'"
+  try:
+    theirs, ours = tokenizer.load(teacher.tokenizer).vocabulary(), tok.vocabulary()
+  except Exception as error:  # transformers raises all kinds
+    raise ConfigError(f'{key}: {teacher.tokenizer!r}: {" ".join(str(error).split())[:600]}') from error
+  other = sorted({*ours.items()} ^ {*theirs.items()}, key=lambda item: item[1])
+  check(not other, f"{key}: {teacher.tokenizer!r} has other tokens than the policy's {own!r}, the first one with id "
+        f'{other and other[0][1]}; where they mean the same, name the policy\'s here, too')  # fmt: skip
+
+
 def make_objective(config: Config):
   """The objective dataclass from its mapping; unknown names and keys are refused."""
   settings = dict(config.objective)
@@ -192,6 +210,8 @@ def inert_sections(config: Config) -> dict[str, str]:
   why = {}
   if config.data.mixture:
     why |= dict.fromkeys(('data.task', 'data.path', 'data.options', 'data.train_size'), 'data.mixture names the tasks')
+  else:
+    why['rewards.only'] = 'there is no data.mixture whose tasks it could name'
   if config.data.curriculum == 'none':
     why |= dict.fromkeys(('data.curriculum_floor', 'data.curriculum_decay'), 'data.curriculum is none')
   if not any(':' in name for name in config.rewards.functions):
@@ -218,7 +238,7 @@ def inert(config: Config, objective) -> dict[str, str]:
     drop('rollout.temperature', 'evaluators name their own temperature, and the objective samples nothing')
     for key in ('top_k', 'top_p', 'min_p'):
       drop(f'rollout.{key}', 'evaluators name their own truncation, and the objective samples nothing')
-  if not rl and not evaluates:
+  if not reads_rewards(objective) and not evaluates:
     for key in ('rewards', 'roles.reward'):
       drop(key, 'the objective reads no rewards, and no samples are evaluated')
   if rl and 'data' not in objective.sources and not ranks:
@@ -236,6 +256,8 @@ def inert(config: Config, objective) -> dict[str, str]:
     drop('model.preset', 'the architecture comes with roles.policy.init')
   if 'critic' not in objective.trainable:
     drop('roles.critic', 'the objective has no critic of its own')
+  if 'teacher' not in objective.frozen:
+    drop('roles.teacher', 'the objective has no teacher')
   if not objective.reads or objective.reads in ('demonstrations', 'text'):
     if not ranks:
       drop('data.overlong', 'only preference rows may be cut or dropped')
@@ -329,6 +351,7 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     check(not truncated, 'config section rollout: top_k, top_p and min_p must be off in training: the policy would be scored over another '
           'distribution than it was sampled from (use them in an evaluator)')  # fmt: skip
     check(config.rollout.temperature > 0, "config key 'rollout.temperature': 0 is greedy, which explores nothing")
+  if reads_rewards(objective):
     check(bool(config.rewards.functions), "config key 'rewards.functions': empty, nothing would be learned")
     check(
       not config.rewards.weights or any(config.rewards.weights), "config key 'rewards.weights': all 0, nothing would be learned"
@@ -348,7 +371,7 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
   frozen, layers = config.optim.frozen_layers, arch.num_hidden_layers
   check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train")
   if config.data.curriculum != 'none':
-    measured = 'rollout' in objective.sources and 'accuracy' in config.rewards.functions
+    measured = reads_rewards(objective) and 'accuracy' in config.rewards.functions
     check(
       measured,
       f"config key 'data.curriculum': {config.data.curriculum!r} goes by the reward 'accuracy' of rollouts, which this run has not",
@@ -366,10 +389,18 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     critic = dataclasses.replace(critic, init=resolve_critic(config, absent))
     check(not critic.init or critic.init in absent or pathlib.Path(critic.init).exists(),
           f"config key 'roles.critic.init': {critic.init!r} does not exist")  # fmt: skip
+  teacher = config.roles.teacher
+  if 'teacher' in objective.frozen:
+    check(bool(teacher.init), "config key 'roles.teacher.init' is empty: it names whom the policy is to learn from")
+    there = pathlib.Path(teacher.init).exists()
+    check(there or teacher.init in absent, f"config key 'roles.teacher.init': {teacher.init!r} does not exist")
+    if teacher.init not in absent:
+      check_speaks('roles.teacher.init', teacher.init)
+      teacher = dataclasses.replace(teacher, tokenizer=resolve_tokenizer(Role(teacher.init, teacher.tokenizer)))
   config = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)),
-    roles=dataclasses.replace(config.roles, policy=policy, critic=critic),
+    roles=dataclasses.replace(config.roles, policy=policy, critic=critic, teacher=teacher),
     objective=plain(settings),
   )
   return config, objective, arch
@@ -439,16 +470,19 @@ def model_names(config: Config) -> set[str]:
   return {*config.roles.reward, *config.rewards.combinations}
 
 
-def load_reward_models(config: Config, mesh: Mesh) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
-  """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). Raises ConfigError."""
+def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
+  """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). `process`: process models, too. Raises
+  ConfigError."""
   models, params = {}, {}
   for name, role in reward_roles(config).items():
     init = role.init
     check(pathlib.Path(init).exists(), f"config key 'roles.reward.{name}.init': {init!r} does not exist")
     ours = is_run(init)
-    role = reward_models.resolve(name, role, run_config(init) if ours else None)
+    trained = run_config(init) if ours else None
+    role = reward_models.resolve(name, role, trained, process)
     arch, shift = read_arch(init), reward_model.shift(checkpoint.restore_aux(init)) if ours else weights.score_shift(init)
-    models[name] = reward_models.make(name, role, arch, shift, config.model.dtype)
+    of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
+    models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
     params[f'reward.{name}'] = load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
   return models, params
 
@@ -469,6 +503,10 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
           f'{tok.vocab_size} ids')  # fmt: skip
     frozen, layers = config.optim.frozen_layers, archs['critic'].num_hidden_layers
     check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of the critic's {layers} layers leave none to train")
+  teacher = config.roles.teacher
+  if 'teacher' in objective.frozen:
+    archs['teacher'] = read_arch(teacher.init)
+    check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
   peak = critic.learning_rate or config.optim.learning_rate
   optimizer, schedule = optim.make(config.optim, updates)
   optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(config.optim, learning_rate=peak), updates)[0]}
@@ -478,12 +516,12 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
   frozen_layers = config.optim.frozen_layers
-  # A reference that starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
-  own_trunk = config.roles.ref.init not in ('', config.roles.policy.init)
+  # What starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
+  own_trunk = {'teacher'} | ({'ref'} if config.roles.ref.init not in ('', config.roles.policy.init) else set())
   nets = {
     role: model.make_net(
       a, temperature, dtype=config.model.dtype, remat=config.model.remat,
-      frozen_layers=0 if role == 'ref' and own_trunk else frozen_layers,
+      frozen_layers=0 if role in own_trunk else frozen_layers,
     )
     for role, a in archs.items()
   }  # fmt: skip
@@ -499,7 +537,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   )  # fmt: skip
   judges, judge_params = load_reward_models(config, mesh)
   start = config.roles.policy.init
-  inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start}
+  inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start, 'teacher': teacher.init}
 
   def init() -> TrainState:
     key = jax.random.key(config.seed)

@@ -127,6 +127,12 @@ def on_one_device(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=single), tree)
 
 
+def identity(workdir: str) -> dict[str, int]:
+  """Step and fingerprints of a run's newest checkpoint, without a look at its arrays. Raises ConfigError."""
+  manager, step, _ = open_item(workdir, 'params')
+  return {'step': step, **read(manager, step, {})[1]['fingerprint']}
+
+
 def weight_names(workdir: str, role: str) -> set[str]:
   """The top-level names of a role's weights: by 'score' and 'lm_head' one tells its heads."""
   _, step, metadata = open_item(workdir, 'params')

@@ -13,6 +13,7 @@ from rl_reasoning import advantages, config as config_lib, data, preferences, re
 from rl_reasoning.build import Run
 from rl_reasoning.config import check
 from rl_reasoning.metrics import PhaseTimer
+from rl_reasoning.objectives import reads_rewards
 from rl_reasoning.structs import ROLLOUT, Batch, Mean, PyTree, Rollout, TrainState
 from rl_reasoning.tokenizer import from_thinking, render_prompt
 
@@ -83,12 +84,20 @@ def model_rewards(
   texts: Sequence[str],
   ended: Any,
   columns: Mapping[str, Sequence],
+  routes: Mapping[str, np.ndarray],
 ) -> dict[str, list[float | None]]:
   """What the reward models that `rewards.functions` names say of completions; prompts as the data have them."""
   if not run.reward_models:
     return {}
   functions, combined = run.config.rewards.functions, config_lib.combinations(run.config)
-  return reward_models.known_rewards(functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh)
+  return reward_models.known_rewards(
+    functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh, routes
+  )
+
+
+def judging(run: Run) -> tuple[str, ...]:
+  """The reward functions that judge rollouts."""
+  return run.config.rewards.functions if reads_rewards(run.objective) else ()
 
 
 def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: jax.Array, timer: PhaseTimer) -> Judged:
@@ -111,12 +120,12 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
     columns = rewards.columns_of([row for row in rows for _ in range(group)])
     r = config.rewards
     whole = [from_thinking(a, text) for a, text in zip(asked, texts, strict=True)]
-    known = model_rewards(
-      run, state.frozen, [row['prompt'] for row in rows for _ in range(group)], whole, ~rolled.truncated_N, columns
-    )
+    questioned = [row['prompt'] for row in rows for _ in range(group)]
+    functions, routes = judging(run), rewards.routes(config, columns, len(texts))
+    known = model_rewards(run, state.frozen, questioned, whole, ~rolled.truncated_N, columns, routes) if functions else {}
     scores = rewards.score(
-      r.functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
-      max_completion_length=config.rollout.max_completion_length, known=known,
+      functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
+      max_completion_length=config.rollout.max_completion_length, known=known, routes=routes,
     )  # fmt: skip
   return Judged(rows, prompts, asked, texts, rolled, scores)
 
@@ -189,11 +198,12 @@ def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, 
       rows, cursor = train.draw(state.cursor, config.data.batch_size)
     judged = roll_out(run, state, rows, 0, key, timer)
     cursor = observed(train, cursor, run, judged)
-  values, has, failed = judged.scores
-  batch = to_batch(judged.prompts, judged.rolled, run.objective.sources['rollout']).replace(
-    rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32), failed_NR=failed.astype(np.float32)
-  )
-  names = config.rewards.functions
+  (values, has, failed), names = judged.scores, judging(run)
+  batch = to_batch(judged.prompts, judged.rolled, run.objective.sources['rollout'])
+  if names:
+    batch = batch.replace(
+      rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32), failed_NR=failed.astype(np.float32)
+    )
   samples = [
     {
       'prompt': judged.asked[n],
@@ -241,6 +251,11 @@ def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
   return Batch(**{name: join(name) for name in vars(rolled) if name != 'extras'})
 
 
+def imitated(objective) -> int:
+  """How many rows of demonstrations a prompt of the batch size comes to."""
+  return objective.sources['data'] if objective.reads == 'demonstrations' else 0
+
+
 def check_rows(run: Run, train: data.Train) -> None:
   """Encodes every row that the run will read. Raises ConfigError for one over the limit: better now than at step 1,000, where raising
   the limit would be another config."""
@@ -248,14 +263,15 @@ def check_rows(run: Run, train: data.Train) -> None:
   template, limits = config.roles.policy.template, config.data
   rolls_out = 'rollout' in objective.sources
   refills = objective.max_refills if rolls_out and objective.dynamic_sampling else 0
-  rows, read, dropped = iter(train.preview(config.total_steps * limits.batch_size * (1 + refills))), 0, 0
+  drawn = rolls_out * (1 + refills) + imitated(objective) or 1  # a prompt; of preferences a row of data is one
+  rows, read, dropped = iter(train.preview(config.total_steps * limits.batch_size * drawn)), 0, 0
   while some := list(itertools.islice(rows, 1024)):
     read += len(some)
     if rolls_out:
       data.encode_prompts(some, run.tokenizer, template, limits.max_prompt_length)
-    elif objective.reads == 'demonstrations':
+    if imitated(objective):
       data.encode_rows(some, run.tokenizer, template, limits.max_length)
-    else:
+    elif not rolls_out:
       dropped += preferences.check_preferences(
         some, objective.reads, run.tokenizer, template, limits.max_length, limits.overlong, objective.rows_together
       )
@@ -275,12 +291,13 @@ def collect(run: Run, train: data.Train, state: TrainState, key: jax.Array, time
   if 'rollout' in sources:
     got = from_policy(run, train, state, key, timer)
     if 'data' in sources:
+      draw = train.draw if train.pretrain is None else train.draw_pretrain
       with timer('data'):
-        rows, cursor = train.draw_pretrain(got.cursor, config.data.batch_size * sources['data'])
+        rows, cursor = draw(got.cursor, config.data.batch_size * sources['data'])
       got = got._replace(batch=beside(got.batch, encode(run, rows), config.data.batch_size), cursor=cursor)
   else:
     with timer('data'):
-      rows, cursor = train.draw(state.cursor, config.data.batch_size)
+      rows, cursor = train.draw(state.cursor, config.data.batch_size * (imitated(run.objective) or 1))
       batch = encode(run, rows)
     if run.features is not None:
       with timer('features'):

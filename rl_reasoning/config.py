@@ -78,6 +78,12 @@ class Critic:
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher:
+  init: str = ''  # as of Role; it may be larger than the policy, or of another architecture
+  tokenizer: str = ''  # as of Role; it must have the policy's tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
   """A reward model of `roles.reward`; its name may stand in `rewards.functions`."""
 
@@ -92,6 +98,7 @@ class Roles:
   policy: Role = Role()  # the network that is trained: for the reward-model objectives that is the reward model
   ref: Role = Role()  # init '': the policy's own start
   critic: Critic = Critic()
+  teacher: Teacher = Teacher()
   reward: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> a Reward
 
 
@@ -147,6 +154,8 @@ class Rewards:
   # name -> a Combination of reward models; the name may stand in `functions`
   combinations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   timeout: float = 60.0  # seconds a batch for a 'module:function', in a worker process; 0: in this process, without a limit
+  # function or reward model -> the tasks of data.mixture whose prompts it speaks of; one that is not named here speaks of all
+  only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -497,6 +506,20 @@ def combinations(config: Config) -> dict[str, Combination]:
   return found
 
 
+def check_routes(config: Config) -> None:
+  """Raises ConfigError for a name in `rewards.only` that is none, and for a task of the mixture that no reward speaks of."""
+  functions, only, tasks = config.rewards.functions, config.rewards.only, components(config.data)
+  for name, chosen in only.items():
+    key = f'rewards.only.{name}'
+    check(name in functions, f'config key {key!r}: {name!r} is none of rewards.functions: {", ".join(functions)}')
+    check(bool(chosen), f'config key {key!r} is empty: leave {name!r} out of rewards.functions')
+    for task in chosen:
+      check(task in tasks, f'config key {key!r}: {task!r} is none of data.mixture: {", ".join(tasks)}')
+  for task in tasks if only else ():
+    speaks = any(task in only.get(name, tasks) for name in functions)
+    check(speaks, f"config key 'rewards.only': none of rewards.functions speaks of data.mixture.{task}")
+
+
 def resolve(settings: Mapping[str, Any]) -> Config:
   """The whole config, checked key by key. Raises ConfigError."""
   config = from_mapping(Config, settings)
@@ -527,6 +550,8 @@ def resolve(settings: Mapping[str, Any]) -> Config:
   for key, names in (('roles.reward', reward_roles(config)), ('rewards.combinations', combined)):
     idle = sorted(names.keys() - used)
     check(not idle, f"config key '{key}.{', '.join(idle)}': rewards.functions does not name it")
+  if config.data.mixture:  # without one the key cannot act: build.inert_sections
+    check_routes(config)
   return config
 
 

@@ -87,6 +87,13 @@ def content_hash(paths: Sequence) -> str:
   return total.hexdigest()
 
 
+def prepare(rows: Iterable, folder: epath.Path) -> None:
+  """Rows as ArrayRecord: written by TFDS into a temporary folder, which is renamed when it is whole."""
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
+    Rows(rows, data_dir=folder).download_and_prepare(file_format='array_record')
+
+
 def load(data: Data, split: str, seed: int, size: int | None) -> Source:
   """The rows of a split; prepared on first use in `data.cache_dir`, in a folder named by everything that they depend on.
 
@@ -121,11 +128,8 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
     rows = task.rows(split, seed, size, data.path, **options)
     first = next(rows, None)
     check(first is not None, f'data.task {data.task!r}: the {split} split {f"of {data.path!r} " * bool(data.path)}is empty')
-    tfds.disable_progress_bar()
     try:
-      with contextlib.redirect_stdout(io.StringIO()):  # it prints where the files lie, which nobody asked
-        # Into a temporary folder, renamed when whole.
-        Rows(itertools.chain([first], rows), data_dir=folder).download_and_prepare(file_format='array_record')
+      prepare(itertools.chain([first], rows), folder)
     except OSError:
       if not prepared.exists():  # else another run has prepared the same meanwhile
         raise

@@ -1,8 +1,9 @@
-"""What n samples of a problem say: pass@k, majority votes, and how sure a mean over problems is. Numpy only."""
+"""What n samples of a problem say: pass@k, majority and weighted votes, the best of k, and how sure a mean over problems is. Numpy only."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 2000  # of the bootstrap: an end of its interval then moves by some percent of the interval's width from seed to seed
 BLOCK = 2**22  # indices drawn at once
+CHOICES = 10_000  # of k samples that are looked at one by one; where there are more, that many drawn at random
 
 
 def pass_at_k(num_samples: int, correct: int, k: int) -> float:
@@ -52,6 +54,42 @@ def maj_at_k(num_samples: int, groups: tuple[tuple[int, float], ...], k: int) ->
       ways, right = after
     total += float(np.sum(right[1:, k] / np.arange(1, most + 1)))
   return total / float(binomial(num_samples)[k])
+
+
+def best_at_k(scores: Sequence[float], right: Sequence[float], k: int) -> float:
+  """Expected rightness of the sample with the highest score among k, over all choices of k of the n samples; those that tie share the win
+  equally. Exact: the winner is among the m samples of one score, with L below it, in C(L + m, k) - C(L, k) of the C(n, k) choices."""
+  score, value = np.asarray(scores, np.float64), np.asarray(right, np.float64)
+  n, total = len(score), 0.0
+  for best in np.unique(score):
+    below, tied = int((score < best).sum()), score == best
+    total += (math.comb(below + int(tied.sum()), k) - math.comb(below, k)) / math.comb(n, k) * value[tied].mean()
+  return float(total)
+
+
+def choices_of(n: int, k: int, seed: int = 0) -> np.ndarray:
+  """[S, k]: all choices of k of n, or CHOICES of them drawn at random where there are more. The same call gives the same."""
+  if math.comb(n, k) <= CHOICES:
+    return np.asarray(list(itertools.combinations(range(n), k)), int)
+  rng = np.random.default_rng(seed)
+  return rng.permuted(np.tile(np.arange(n), (CHOICES, 1)), axis=1)[:, :k]
+
+
+def weighted_maj_at_k(groups: Sequence[int | None], weights: Sequence[float], right: Sequence[float], k: int) -> float:
+  """Expected rightness of the answer whose samples have the largest sum of weights among k, over choices of k of the n samples (see
+  `choices_of`). `groups` numbers the answers; a sample without one, or of weight 0, has no say. Sums that are equal up to rounding tie and
+  share the win equally; where nobody has a say nothing is right."""
+  names = sorted({g for g, w in zip(groups, weights) if g is not None and w > 0})
+  if not names:
+    return 0.0
+  member_GN = np.asarray([[g == name for g in groups] for name in names])
+  value_G = np.asarray([np.asarray(right, np.float64)[member].mean() for member in member_GN])
+  chosen_SK = choices_of(len(weights), k)
+  weight_GN = member_GN * np.asarray(weights, np.float64)
+  sum_SG = weight_GN[:, chosen_SK].sum(axis=2).T
+  best_S = sum_SG.max(axis=1, keepdims=True)
+  wins_SG = (sum_SG >= best_S * (1 - 1e-9)) & (best_S > 0)
+  return float((wins_SG @ value_G / wins_SG.sum(axis=1).clip(1)).mean())
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

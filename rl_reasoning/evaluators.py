@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -167,10 +167,11 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
   limit = evaluator.max_completion_length or config.rollout.max_completion_length
   prompts = [rows[s['problem']]['prompt'] for s in samples]
   texts, ended = [from_thinking(s['prompt'], s['completion']) for s in samples], [not s['truncated'] for s in samples]
-  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns)
+  routes = rewards.routes(config, columns, len(samples))
+  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns, routes)
   scores = score(
     names, config.rewards.on_error, asked, completions, ids, columns, options=config.rewards.options, timeout=config.rewards.timeout,
-    max_completion_length=limit, known=known,
+    max_completion_length=limit, known=known, routes=routes,
   )  # fmt: skip
   weights = config.rewards.weights or (1.0,) * len(names)
   paid, has = np.zeros(len(samples)), np.zeros(len(samples))
@@ -265,6 +266,26 @@ class SampleFile:
       self.lines.append(sample)
 
 
+def in_batches(
+  title: str, make: Callable[[list[int]], list[dict]], problems: int, num_samples: int, batch_size: int, file: SampleFile | None
+) -> list[dict]:
+  """The samples of all problems, in order, `num_samples` of each: what `make` gives for the numbers of up to `batch_size` problems,
+  batch by batch into the file, from which it goes on."""
+  samples = [] if file is None else file.read(batch_size * num_samples, problems * num_samples)
+  for start in range(len(samples) // num_samples, problems, batch_size):
+    clock = time.perf_counter()
+    ids = list(range(start, min(start + batch_size, problems)))
+    batch = make(ids)
+    samples += batch
+    seconds, done = time.perf_counter() - clock, ids[-1] + 1
+    if file is not None:
+      file.append(batch, seconds)
+    left = int(seconds * -(-(problems - done) // batch_size))  # by the latest batch: the first one compiles
+    rate = sum(s['length'] for s in batch) / seconds
+    print(f'{title}: {done}/{problems} problems, {rate:,.0f} tokens/s, left {left // 60}:{left % 60:02d}', flush=True)
+  return samples
+
+
 def sample_problems(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None,
   frozen: Mapping[str, PyTree] | None = None,
@@ -282,7 +303,6 @@ def sample_problems(
     chunk=config.rollout.chunk,
   )  # fmt: skip
   texts, prompts = encode_problems(run, rows, name, evaluator)
-  samples: list[dict] = []
   file, other = None, None
   if evaluator.kl_to:
     other = build.load_params(evaluator.kl_to, run.arch, jax.random.key(0), run.mesh)
@@ -291,10 +311,8 @@ def sample_problems(
     if other is not None:  # its path may hold other weights by the time that an evaluation goes on
       of['kl_to'] = int(checkpoint.fingerprint(other))
     file = SampleFile(folder, name, of)
-    samples = file.read(batch_size * n, len(rows) * n)
-  for start in range(len(samples) // n, len(rows), batch_size):
-    clock = time.perf_counter()
-    ids = list(range(start, min(start + batch_size, len(rows))))
+
+  def make(ids: list[int]) -> list[dict]:
     padded = ids + [ids[-1]] * (batch_size - len(ids))  # one compiled shape, and rows that divide over the mesh
     rolled = rollout.generate(
       params, run.arch, [prompts[i] for i in padded], settings=settings, group=n, end_ids=tok.end_ids,
@@ -315,14 +333,9 @@ def sample_problems(
       for sample, kl in zip(batch, divergence(run, params, other, [prompts[i] for i in padded], rolled, evaluator)):
         sample['kl'] = float(kl)
     judge(run, rows, batch, evaluator, frozen)
-    samples += batch
-    seconds, done = time.perf_counter() - clock, ids[-1] + 1
-    if file is not None:
-      file.append(batch, seconds)
-    left = int(seconds * -(-(len(rows) - done) // batch_size))  # by the latest batch: the first one compiles
-    rate = sum(s['length'] for s in batch) / seconds
-    print(f'eval {name}: {done}/{len(rows)} problems, {rate:,.0f} tokens/s, left {left // 60}:{left % 60:02d}', flush=True)
-  return samples
+    return batch
+
+  return in_batches(f'eval {name}', make, len(rows), n, batch_size, file)
 
 
 def vote(answer: str) -> Any:

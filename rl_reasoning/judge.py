@@ -1,7 +1,7 @@
 """Preferences from a judge (RLAIF, arXiv 2309.00267): which of two responses a model behind an OpenAI-compatible endpoint prefers.
 
   python -m rl_reasoning.judge FILE --out=LABELLED.jsonl --base-url=URL --model=NAME [--style=pair|ranking] [--rubric=FILE]
-    [--options='{"temperature": 0, "max_tokens": 1024}'] [--api-key-env=NAME] [--concurrency=8] [--timeout=600]
+    [--answers-as=NAME] [--options='{"temperature": 0, "max_tokens": 1024}'] [--api-key-env=NAME] [--concurrency=8] [--timeout=600]
     [--max-requests=N] [--max-tokens=N] [--max-cost=X --price-in=X --price-out=X] [--reasons]
 
 Rows of FILE (JSON lines, JSON or Parquet) have `prompt` (text or chat messages) and `responses` (two texts or more). Every pair of them is
@@ -30,7 +30,6 @@ import pathlib
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -212,15 +211,6 @@ class Job(NamedTuple):
         yield result | {'judge': client.endpoint.model} | ({'reasons': texts} if reasons else {})
 
 
-def ask_all(client: api.Client, job: Job, total: int) -> None:
-  """Every outcome into the file of answers, telling how far it is every ten seconds."""
-  told = time.monotonic()
-  for count, _ in enumerate(client.complete(job.requests()), 1):
-    if time.monotonic() - told > 10:
-      told = time.monotonic()
-      print(f'{count:,} of {total:,} answers', flush=True)
-
-
 def summarise(
   client: api.Client, job: Job, numbers: dict[str, int], counts: dict[str, collections.Counter], kept: int
 ) -> dict[str, Any]:
@@ -294,6 +284,9 @@ def command(argv: Sequence[str]) -> None:
   parser.add_argument('--out', required=True, metavar='LABELLED.jsonl')
   parser.add_argument('--base-url', required=True, metavar='URL', help='as http://localhost:8000/v1')
   parser.add_argument('--model', required=True, metavar='NAME')
+  parser.add_argument(
+    '--answers-as', default='', metavar='NAME', help='the model that replies name, where --model is an alias of it'
+  )
   parser.add_argument('--style', default='pair', choices=('pair', 'ranking'), help='rows of two, or one of all K')
   parser.add_argument('--rubric', default='', metavar='FILE', help='a text: by what to compare')
   parser.add_argument('--options', default=json.dumps(OPTIONS), metavar='JSON', help='of sampling, in place of %(default)s')
@@ -318,13 +311,15 @@ def command(argv: Sequence[str]) -> None:
   job = Job(pathlib.Path(flags.file).expanduser(), rubric, read_options(flags.options), flags.style)
   numbers = job.checked()
   budget = api.Budget(flags.max_requests, flags.max_tokens, flags.max_cost, flags.price_in, flags.price_out)
-  endpoint = api.Endpoint(flags.base_url, flags.model, flags.api_key_env, flags.concurrency, flags.timeout)
+  endpoint = api.Endpoint(
+    flags.base_url, flags.model, flags.api_key_env, flags.concurrency, flags.timeout, answers_as=flags.answers_as
+  )
   answers = beside(out, 'answers')
   check_ours(out, answers)
   print(f'{numbers["rows"]:,} rows, {numbers["pairs"]:,} pairs, {numbers["requests"]:,} requests', flush=True)
   counts = {name: collections.Counter() for name in ('verdicts', 'pairs', 'rows_dropped')}
   with api.Client(endpoint, answers, budget) as client:
-    ask_all(client, job, numbers['requests'])
+    api.ask_all(client, job.requests(), numbers['requests'])
     kept = write_rows(out, job.labelled(client, counts, flags.reasons))
     summary = summarise(client, job, numbers, counts, kept)
   summary_path(out).write_text(json.dumps(summary, indent=1) + '\n')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -151,3 +153,32 @@ def kto(h: Array, z0: Array, label: Array, beta: float, desirable: float, undesi
   good = desirable * jax.nn.sigmoid(beta * (z0 - h))  # 1 - sigmoid(beta (h - z0))
   bad = undesirable * jax.nn.sigmoid(beta * (h - z0))
   return label * good + (1 - label) * bad
+
+
+# Distributions, as log-probabilities over the last axis.
+NO_MASS = -1e30  # the logarithm of nothing; finite, so that 0 times a difference of two of them is 0
+
+
+def buckets(logp: Array, ids: Array) -> Array:
+  """[..., K + 1]: the K given ids, and all others together."""
+  kept = jnp.take_along_axis(logp, ids, axis=-1)
+  # Summed, not 1 - sum of the kept: of that, float32 leaves nothing where the kept ids are likely, as they are to become.
+  others = jax.nn.logsumexp(jnp.put_along_axis(logp, ids, NO_MASS, axis=-1, inplace=False), axis=-1, keepdims=True)
+  return jnp.concatenate([kept, others], axis=-1)
+
+
+def kl_divergence(p: Array, q: Array) -> Array:
+  """KL(P || Q)."""
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def jensen_shannon(p: Array, q: Array, beta: float) -> Array:
+  """The generalised Jensen-Shannon divergence of GKD (2306.13649, eq. 1): beta KL(P || M) + (1 - beta) KL(Q || M) with the mixture M =
+  beta P + (1 - beta) Q. At 0 and 1, where that is 0, by definition what it comes to when divided by beta or 1 - beta: KL(P || Q) and
+  KL(Q || P)."""
+  if beta == 0:
+    return kl_divergence(p, q)
+  if beta == 1:
+    return kl_divergence(q, p)
+  m = jnp.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+  return beta * kl_divergence(p, m) + (1 - beta) * kl_divergence(q, m)

@@ -246,6 +246,7 @@ CURVES = (
   ('sampler against trainer', ('sampling/logp_difference/mean', 'sampling/logp_difference/max')),
   ('KL to the reference (nats)', ('kl',)),
   ('KL to the reference (nats a completion)', ('objective/kl',)),
+  ('policy against teacher (nats)', ('divergence', 'kl/forward', 'kl/reverse')),
   ('value of the critic', ('val/explained_variance',)),
   ('preferred less rejected', ('margin', 'rewards/margins')),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -289,61 +289,74 @@ def scores(params: PyTree, hidden: Array, segment_NT: Array) -> Array:
   return jnp.where(segment_NT > 0, logits(hidden, params['score'])[..., 0], 0.0)
 
 
-def log_probs(params: PyTree, arch: Arch, batch: Batch, temperature_N: Array | float = 1.0, *, dtype: str = 'float32', remat: str = 'none',
-              **wanted: bool) -> tuple[Array, Array | None]:  # fmt: skip
-  """`token_log_probs` after a forward pass."""
-  return token_log_probs(
-    params, arch, batch, hidden_states(params, arch, batch, dtype=dtype, remat=remat), temperature_N, **wanted
-  )
+class Output(NamedTuple):
+  """What a network says after every token, before the logits are made of it: they are hidden @ head, and large."""
+
+  hidden: Array  # [N, T, D]
+  head: Array  # [V, D]
 
 
-def token_log_probs(
-  params: PyTree,
-  arch: Arch,
-  batch: Batch,
-  hidden: Array,
-  temperature_N: Array | float = 1.0,
-  *,
-  entropy: bool = False,
-  entropy_gradient: bool = False,
-) -> tuple[Array, Array | None]:
-  """Log-probability [N, T] of every token given those before it in its segment (0 where there is none), and the entropy [N, T] of the
-  distribution it was drawn from, both under softmax(logits / temperature) over the whole vocabulary, float32. The entropy has a gradient
-  only where one is asked for: a metric should not pay for it.
+def over_vocabulary(function: Callable[..., PyTree], batch: Batch, outputs: Sequence[Output], *arrays: Array) -> PyTree:
+  """`function(*logits, *arrays)` of every token: the float32 logits [N, t, V] from which each of the outputs would draw it, and the parts
+  [N, t, ...] of the arrays [N, T, ...], which are aligned to the token they speak of. So are the results [N, T, ...], which are 0 where
+  nothing comes before a token in its segment.
 
   The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
   """
-  N, T, _ = hidden.shape
-  target = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-  scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), (N,))[:, None, None]
-  W = head(params)
+  (N, T, _), count = outputs[0].hidden.shape, len(outputs)
 
-  def chunk(hidden, target):
-    scores = constrain(logits(hidden, W) * scale, 'rows', None, 'vocab')
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - lse
-    if not entropy:
-      return logp, jnp.zeros_like(logp)
-    every = scores - lse[..., None]
-    every = every if entropy_gradient else jax.lax.stop_gradient(every)
-    return logp, -jnp.sum(jnp.exp(every) * every, axis=-1)
+  def sized(x, before, after):  # zeros around the axis T
+    return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
 
-  size = max(1, min(T, CHUNK_ELEMENTS // (N * arch.vocab_size)))
+  def chunk(*parts):
+    every = [constrain(logits(hidden, output.head), 'rows', None, 'vocab') for hidden, output in zip(parts, outputs)]
+    return function(*every, *parts[count:])
+
+  # Row t of a hidden state speaks of token t + 1.
+  parts = [output.hidden for output in outputs] + [sized(jnp.asarray(x)[:, 1:], 0, 1) for x in arrays]
+  size = max(1, min(T, CHUNK_ELEMENTS // (N * sum(output.head.shape[0] for output in outputs))))
   if size >= T:
-    logp, spread = chunk(hidden, target)
+    results = chunk(*parts)
   else:
     pieces = -(-T // size)
 
     def split(x):  # [N, T, ...] -> [pieces, N, size, ...]
-      x = jnp.pad(x, ((0, 0), (0, pieces * size - T)) + ((0, 0),) * (x.ndim - 2))
-      return jnp.moveaxis(x.reshape(N, pieces, size, *x.shape[2:]), 1, 0)
+      return jnp.moveaxis(sized(x, 0, pieces * size - T).reshape(N, pieces, size, *x.shape[2:]), 1, 0)
 
-    logp, spread = jax.lax.map(lambda x: jax.checkpoint(chunk)(*x), (split(hidden), split(target)))
-    logp, spread = (jnp.moveaxis(x, 0, 1).reshape(N, -1)[:, :T] for x in (logp, spread))
-  # Row t of `logp` speaks of token t + 1: shift, and blank what starts a segment or is padding.
+    def join(x):
+      return jnp.moveaxis(x, 0, 1).reshape(N, -1, *x.shape[3:])[:, :T]
+
+    results = jax.tree.map(join, jax.lax.map(lambda some: jax.checkpoint(chunk)(*some), [split(x) for x in parts]))
   known = (batch.segment_NT > 0) & (batch.position_NT > 0)
-  logp, spread = (jnp.where(known, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0) for x in (logp, spread))
-  return logp, spread if entropy else None
+  return jax.tree.map(lambda x: jnp.where(known.reshape(N, T, *(1,) * (x.ndim - 2)), sized(x[:, :-1], 1, 0), 0), results)
+
+
+def log_probs(params: PyTree, arch: Arch, batch: Batch, temperature_N: Array | float = 1.0, *, dtype: str = 'float32', remat: str = 'none',
+              **wanted: bool) -> tuple[Array, Array | None]:  # fmt: skip
+  """`token_log_probs` after a forward pass."""
+  hidden = hidden_states(params, arch, batch, dtype=dtype, remat=remat)
+  return token_log_probs(Output(hidden, head(params)), batch, temperature_N, **wanted)
+
+
+def token_log_probs(
+  output: Output, batch: Batch, temperature_N: Array | float = 1.0, *, entropy: bool = False, entropy_gradient: bool = False
+) -> tuple[Array, Array | None]:
+  """Log-probability [N, T] of every token given those before it in its segment (0 where there is none), and the entropy [N, T] of the
+  distribution it was drawn from, both under softmax(logits / temperature) over the whole vocabulary, float32. The entropy has a gradient
+  only where one is asked for: a metric should not pay for it."""
+  scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), batch.tokens.shape[:1])[:, None, None]
+
+  def chunk(scores, target):
+    scores = scores * scale
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - lse
+    if not entropy:
+      return logp, None
+    every = scores - lse[..., None]
+    every = every if entropy_gradient else jax.lax.stop_gradient(every)
+    return logp, -jnp.sum(jnp.exp(every) * every, axis=-1)
+
+  return over_vocabulary(chunk, batch, [output], batch.tokens)
 
 
 class Net(NamedTuple):
@@ -352,6 +365,7 @@ class Net(NamedTuple):
   logp: Callable[..., tuple[Array, Array | None]]  # (params, rows, entropy=False, entropy_gradient=False)
   scores: Callable[..., Array]  # (params, rows) -> [N, T]
   logp_and_scores: Callable[..., tuple[Array, Array | None, Array]]  # as logp, in one pass
+  output: Callable[..., Output]  # (params, rows): for `over_vocabulary`
 
 
 def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0) -> Net:
@@ -362,9 +376,12 @@ def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype
       params = {**params, 'embed': jax.lax.stop_gradient(params['embed'])}
     return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers)
 
-  def logp(params, rows, **wanted):
+  def output(params, rows):
     params, hidden = run(params, rows)
-    return token_log_probs(params, arch, rows, hidden, temperature(rows), **wanted)
+    return Output(hidden, head(params))
+
+  def logp(params, rows, **wanted):
+    return token_log_probs(output(params, rows), rows, temperature(rows), **wanted)
 
   def only_scores(params, rows):
     params, hidden = run(params, rows)
@@ -372,6 +389,7 @@ def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype
 
   def logp_and_scores(params, rows, **wanted):
     params, hidden = run(params, rows)
-    return *token_log_probs(params, arch, rows, hidden, temperature(rows), **wanted), scores(params, hidden, rows.segment_NT)
+    found = token_log_probs(Output(hidden, head(params)), rows, temperature(rows), **wanted)
+    return *found, scores(params, hidden, rows.segment_NT)
 
-  return Net(logp, only_scores, logp_and_scores)
+  return Net(logp, only_scores, logp_and_scores, output)

@@ -1,7 +1,8 @@
 """Scores of completions by networks: reward models by name, each with a tokenizer and a template of its own, and combinations of them.
 
 A model is shown what it was trained on: the prompt in its template, the completion, and the end token where the completion has ended. Its
-score is read after the last of these tokens (for an outcome model it is the log-odds of a right answer), less its shift.
+score is read after the last of these tokens (for an outcome model it is the log-odds of a right answer), less its shift. A process model
+judges steps and no end: its score is that of the last step, read after the step's last token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rl_reasoning.tokenizer import Tokenizer, render_prompt, split_completion
 
 # What trains a score of whole completions; that of a process model is one of steps, and its end token was never judged.
 OBJECTIVES = ('reward_model', 'outcome_reward_model')
+PROCESS = 'process_reward_model'
 HEADS = ('scalar',)
 ROWS, TOKENS = 16, 2**14  # of a micro-batch: that many rows, fewer where they are long
 
@@ -42,6 +44,7 @@ class RewardModel:
   reads: str  # whole | answer
   shift: float  # subtracted from its scores
   dtype: str  # compute
+  process: bool = False  # a process model
 
   def render(self, prompt: Any) -> str:
     """A prompt as the data has it (text or chat messages), in the model's own template."""
@@ -52,22 +55,23 @@ class RewardModel:
       raise ConfigError(str(error).replace('roles.policy.template', with_key)) from None
 
 
-def resolve(name: str, role: Reward, run: Mapping[str, Any] | None) -> Reward:
+def resolve(name: str, role: Reward, run: Mapping[str, Any] | None, process: bool = False) -> Reward:
   """The role with tokenizer and template filled in. `run` is the config of the run of ours that `init` names, None for a Hugging Face
-  folder. Raises ConfigError for an init that is no reward model."""
+  folder; `process` says whether a process model will do. Raises ConfigError for an init that is no reward model."""
   key = f"config key 'roles.reward.{name}.init'"
-  wanted = f'a reward model is a run of objective {" or ".join(OBJECTIVES)}, or a Hugging Face sequence classifier'
+  known = (*OBJECTIVES, PROCESS) if process else OBJECTIVES
+  wanted = f'a reward model is a run of objective {" or ".join(known)}, or a Hugging Face sequence classifier'
   if run is None:
     check(pathlib.Path(role.init).exists(), f'{key}: {role.init!r} does not exist')
     check(weights.source_heads(role.init) == HEADS, f'{key}: {role.init} is a language model and scores nothing; {wanted}')
     return dataclasses.replace(role, tokenizer=role.tokenizer or role.init, template=role.template or 'plain')
   trained = run['objective']['name']
-  check(trained in OBJECTIVES, f'{key}: {role.init} is a run of objective {trained!r}; {wanted}')
+  check(trained in known, f'{key}: {role.init} is a run of objective {trained!r}; {wanted}')
   policy = run['roles']['policy']  # the network that the run trained, whatever it is
   return dataclasses.replace(role, tokenizer=role.tokenizer or policy['tokenizer'], template=role.template or policy['template'])
 
 
-def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str) -> RewardModel:
+def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str, process: bool = False) -> RewardModel:
   """Of a resolved role. Raises ConfigError for a tokenizer that is missing, or that has more ids than the model embeddings."""
   key = f"config key 'roles.reward.{name}.tokenizer'"
   try:
@@ -77,7 +81,7 @@ def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str) -> Rewar
     raise ConfigError(f'{key}: the reward model has no tokenizer at {role.tokenizer!r}: {reason}') from error
   fits = tok.vocab_size <= arch.vocab_size
   check(fits, f'{key}: {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')
-  made = RewardModel(name, arch, tok, role.template, role.reads, shift, dtype)
+  made = RewardModel(name, arch, tok, role.template, role.reads, shift, dtype, process)
   try:
     made.render('')
   except ConfigError:
@@ -100,15 +104,18 @@ def answer_of(text: str) -> str | None:
   return inside.strip() or None
 
 
-def encode(made: RewardModel, prompt: Any, completion: str, ended: bool) -> list[int]:
-  """Token ids of a row; empty: there is nothing to score."""
-  text = completion if made.reads == 'whole' else answer_of(completion)
-  if text is None:
+def encode(made: RewardModel, prompt: Any, completion: str | Sequence[str], ended: bool) -> list[int]:
+  """Token ids of a row; empty: there is nothing to score. A completion in steps is encoded step by step, as process models are trained."""
+  pieces: list[str | None] = [completion] if isinstance(completion, str) else list(completion)
+  if made.reads == 'answer':
+    pieces = [answer_of(''.join(map(str, pieces)))]
+  if pieces[0] is None:
     return []
   asked = made.render(prompt)
   if asked.rstrip().endswith('<think>'):
-    text = text.removeprefix('<think>')  # the template has opened it already
-  return [*made.tokenizer.encode(asked), *made.tokenizer.encode(text), *[made.tokenizer.end_id] * bool(ended)]
+    pieces[0] = pieces[0].removeprefix('<think>')  # the template has opened it already
+  ids = [i for piece in pieces for i in made.tokenizer.encode(str(piece))]
+  return [*made.tokenizer.encode(asked), *ids, *[made.tokenizer.end_id] * (bool(ended) and not made.process)]
 
 
 @functools.partial(jax.jit, static_argnames=('arch', 'dtype'))
@@ -123,13 +130,13 @@ def score_texts(
   made: RewardModel,
   params: PyTree,
   prompts: Sequence[Any],
-  completions: Sequence[str],
+  completions: Sequence[str | Sequence[str]],
   ended: Sequence[bool],
   mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """(score_N float32, has_N): of rows in any order and number; 0 and False where there is nothing to score.
 
-  `prompts` are those of the data, `completions` whole texts, with the <think> that the policy's prompt has opened
+  `prompts` are those of the data, `completions` whole texts (or their steps), with the <think> that the policy's prompt has opened
   (`tokenizer.from_thinking`). Rows go through the network from the longest on, in micro-batches of one size a padded length, so that few
   programs are compiled; with whom a row shares one changes its score by rounding only.
   """
@@ -193,18 +200,27 @@ def known_rewards(
   ended: Sequence[bool],
   columns: Mapping[str, Sequence],
   mesh: Mesh | None = None,
+  routes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[float | None]]:
   """The columns of those `functions` that are reward models or combinations, for `rewards.score(..., known=...)`.
 
   `frozen` holds the weights of model NAME under 'reward.NAME'; every model runs once, whoever asks for it. The column `safety` of the data
-  marks prompts for the llama2 rule. Rows as in `score_texts`.
+  marks prompts for the llama2 rule. Rows as in `score_texts`; a name in `routes` has a value on its own rows only, and a model scores no
+  row that nobody asks it about.
   """
   N = len(completions)
+  speaks = {name: np.ones(N, bool) if not routes or name not in routes else routes[name] for name in functions}
+  members = {name: combinations[name].of if name in combinations else (name,) for name in functions}
   found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
   def scored(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name not in found:
-      found[name] = score_texts(models[name], frozen[f'reward.{name}'], prompts, completions, ended, mesh)
+      asked = np.any([speaks[function] for function in functions if name in members[function]], axis=0)
+      rows = np.flatnonzero(asked).tolist()
+      found[name] = score_N, has_N = np.zeros(N, np.float32), np.zeros(N, bool)
+      score_N[rows], has_N[rows] = score_texts(
+        models[name], frozen[f'reward.{name}'], [prompts[n] for n in rows], [completions[n] for n in rows], [ended[n] for n in rows], mesh
+      )  # fmt: skip
     return found[name]
 
   known: dict[str, list[float | None]] = {}
@@ -216,9 +232,10 @@ def known_rewards(
       for mark in marks:
         check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
       safety_N = np.asarray([bool(mark) for mark in marks])
-      score_N, has_N = combine(c.rule, score_MN, has_MN, safety_N, c.k, c.threshold)
+      score_N, has_N = combine(c.rule, score_MN, has_MN & speaks[name], safety_N, c.k, c.threshold)
     elif name in models:
       score_N, has_N = scored(name)
+      has_N = has_N & speaks[name]
     else:
       continue
     known[name] = [float(s) if has else None for s, has in zip(score_N, has_N, strict=True)]

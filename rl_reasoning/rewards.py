@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rl_reasoning.config import ConfigError, Rewards, check
+from rl_reasoning.config import Config, ConfigError, Rewards, check
 from rl_reasoning.rule_rewards import (
   accuracy,
   accuracy_flexible,
@@ -184,6 +184,15 @@ def calls(name: str, batches: Sequence[Mapping[str, Any]], timeout: float) -> It
         yield Failed(f'{type(error).__name__}: {error}', error)
 
 
+def routes(config: Config, columns: Mapping[str, Sequence], count: int) -> dict[str, np.ndarray]:
+  """name -> bool_N, the rows that it speaks of, for what `rewards.only` limits to tasks of the mixture (the column `dataset`). A row of
+  another task, an evaluator's own, is in none."""
+  if not config.data.mixture:
+    return {}
+  tasks = columns.get('dataset', [None] * count)
+  return {name: np.asarray([task in chosen for task in tasks], bool) for name, chosen in config.rewards.only.items()}
+
+
 class Scores(NamedTuple):
   values_NR: np.ndarray  # float64, 0 where there is none
   has_NR: np.ndarray  # bool
@@ -192,11 +201,13 @@ class Scores(NamedTuple):
 
 def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: Sequence, completion_ids: Sequence,
           columns: Mapping[str, Sequence], *, options: Mapping[str, Any] | None = None, timeout: float = Rewards.timeout,
-          max_completion_length: int | None = None, known: Mapping[str, Sequence[float | None]] | None = None) -> Scores:  # fmt: skip
+          max_completion_length: int | None = None, known: Mapping[str, Sequence[float | None]] | None = None,
+          routes: Mapping[str, np.ndarray] | None = None) -> Scores:  # fmt: skip
   """What each function says of each completion. A function that crashes on the batch, or takes longer than `timeout` seconds for it (0: no
   limit, in this process), is called again row by row, so that the error names the row, and with on_error 'none' only that row goes
   without a verdict. A row by itself has its share of the limit, and a second at least. Names in `known` have their values there: nothing is
-  called for them, and a value that is no number is an error, whatever `on_error`. Raises RewardError."""
+  called for them, and a value that is no number is an error, whatever `on_error`. A function in `routes` is called on its own rows only:
+  the others have no verdict, and as whole groups they are none of its business. Raises RewardError."""
   N, R = len(completions), len(names)
   values, has, failed = np.zeros((N, R)), np.zeros((N, R), bool), np.zeros((N, R), bool)
   for r, name in enumerate(names):
@@ -212,13 +223,19 @@ def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: S
     own = keyword_only(REWARDS[name]) if name in REWARDS else []  # a column 'unsafe' of the data must not set an option
     rows = {k: v for k, v in columns.items() if k not in own}
     rows |= {'prompts': prompts, 'completions': completions, 'completion_ids': completion_ids}
+    chosen = list(range(N))
+    if routes and name in routes:
+      chosen = np.flatnonzero(routes[name]).tolist()
+      rows = {k: [v[n] for n in chosen] for k, v in rows.items()}
+    if not chosen:
+      continue
     for key in given.keys() & rows.keys():
       raise RewardError(f'reward {name!r}: its option {key!r} has the name of a column of the data')
     (column,) = calls(name, [{**rows, **given}], timeout)
     if isinstance(column, Failed):
       whole, column = column, []
-      alone = [{k: v[n : n + 1] for k, v in rows.items()} | given for n in range(N)]
-      for n, got in enumerate(calls(name, alone, min(timeout, max(1.0, timeout / N)))):
+      alone = [{k: v[i : i + 1] for k, v in rows.items()} | given for i in range(len(chosen))]
+      for n, got in zip(chosen, calls(name, alone, min(timeout, max(1.0, timeout / len(chosen))))):
         if isinstance(got, Failed):
           if on_error == 'raise':
             raise RewardError(f'reward {name!r} failed on row {n}: {got.text}; completion: {completions[n]!r}') from got.error
@@ -227,6 +244,6 @@ def score(names: Sequence[str], on_error: str, prompts: Sequence, completions: S
         column += got
       if on_error == 'raise':  # every row by itself was well: the fault lies in how the function treats a batch
         raise RewardError(f'reward {name!r} failed on the batch: {whole.text}') from whole.error
-    has[:, r] = [v is not None for v in column]
-    values[:, r] = [v or 0.0 for v in column]
+    has[chosen, r] = [v is not None for v in column]
+    values[chosen, r] = [v or 0.0 for v in column]
   return Scores(values, has, failed)

@@ -166,3 +166,64 @@ def plot_reliability(result: Mapping[str, Any], path: epath.Path) -> None:
   with path.open('wb') as file:
     figure.savefig(file, format='png', dpi=100)
   plt.close(figure)
+
+
+SCALED = (  # key of a point, name of the column, format
+  ('problems', 'problems', 'd'),
+  ('accuracy', 'accuracy', '.3f'),
+  ('tokens', 'tokens a problem', '.1f'),
+  ('prompt_tokens', 'of the prompt', '.1f'),
+  ('truncated', 'truncated', '.3f'),
+  ('format', 'format', '.3f'),
+  ('thinking', 'of thinking', '.1f'),
+  ('injected', 'put in', '.1f'),
+)
+
+
+def scale_title(name: str, method: Mapping[str, Any]) -> str:
+  """'best: best_of_n by oracle'."""
+  return f'{name}: {method["method"]}' + (f' by {method["by"]}' if 'by' in method else '')
+
+
+def scale_markdown(result: Mapping[str, Any]) -> str:
+  """The table of a scale.json."""
+  rows = []
+  for name, method in result['methods'].items():
+    for point in method['points']:
+      cells = [cell(point, key, form) if point[key] is not None else '' for key, _, form in SCALED]
+      rows.append([scale_title(name, method), point['label'], *cells])
+  return (
+    f'# Inference-time scaling of {result["checkpoint"]}\n\n'
+    f'Weights {result["fingerprint"]}, config {result["config_hash"]}, {result["hardware"]["device"]}. In brackets: 95 % bootstrap '
+    f'intervals over problems. Tokens are those after the prompt: drawn or put in, of all samples and expansions.\n\n'
+  ) + rows_to_markdown(['method', 'at', *(name for _, name, _ in SCALED)], rows)
+
+
+def plot_scale(result: Mapping[str, Any], path: epath.Path) -> None:
+  """Accuracy against the mean tokens a problem, a line a method through its points in their order, bars of 95 %."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, axis = plt.subplots(figsize=(7.5, 5))
+  for index, (name, method) in enumerate(result['methods'].items()):
+    points = method['points']
+    x, y = [p['tokens'] for p in points], [p['accuracy'] for p in points]
+    bounds = [p.get('accuracy_ci95', (p['accuracy'],) * 2) for p in points]
+    bars = [[max(0.0, v - low) for v, (low, _) in zip(y, bounds)], [max(0.0, high - v) for v, (_, high) in zip(y, bounds)]]
+    style = {'linestyle': '--' if method.get('by') == 'oracle' else '-', 'marker': 'os^Dv'[index // 10 % 5]}
+    axis.errorbar(x, y, bars, color=f'C{index % 10}', markersize=4, capsize=2, label=scale_title(name, method), **style)
+    for point in points:
+      axis.annotate(point['label'], (point['tokens'], point['accuracy']), (2, 3), textcoords='offset points', fontsize=6)
+  axis.set_xscale('log', base=2)
+  axis.set_xlabel('tokens a problem')
+  axis.set_ylabel('accuracy')
+  axis.set_title('accuracy by tokens (bars: 95 %)')
+  axis.set_ylim(-0.02, min(1.02, max(0.1, axis.get_ylim()[1])))
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize=7, handlelength=3)
+  figure.tight_layout()
+  with path.open('wb') as file:
+    figure.savefig(file, format='png', dpi=100)
+  plt.close(figure)

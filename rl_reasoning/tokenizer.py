@@ -1,6 +1,6 @@
 """Text <-> token ids: Hugging Face tokenizers, a byte tokenizer for models of our own, chat templates, prompt / think / answer.
 
-A tokenizer here is anything with `encode`, `decode`, `end_id`, `end_ids`, `pad_id`, `vocab_size` and `chat`.
+A tokenizer here is anything with `encode`, `decode`, `chat`, `vocabulary`, `end_id`, `end_ids`, `pad_id` and `vocab_size`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> list[int]: ...
   def decode(self, ids: Sequence[int]) -> str: ...
   def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str: ...
+  def vocabulary(self) -> dict[str, int]: ...
 
 
 class ByteTokenizer:
@@ -77,6 +78,9 @@ class ByteTokenizer:
     text = ''.join(f'<{"assistant" if m["role"] == "assistant" else "user"}>{m["content"]}<end>' for m in messages)
     return text + '<assistant>' * add_generation_prompt
 
+  def vocabulary(self) -> dict[str, int]:
+    return {**{f'<0x{i:02X}>': i for i in range(256)}, **self.ids}
+
 
 class HFTokenizer:
   """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config."""
@@ -114,6 +118,9 @@ class HFTokenizer:
 
   def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
     return self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+
+  def vocabulary(self) -> dict[str, int]:
+    return self.inner.get_vocab()
 
 
 def load(name: str) -> Tokenizer:
@@ -164,6 +171,13 @@ def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer)
   if not pieces:
     raise ValueError('messages: no assistant turn to imitate')
   return pieces
+
+
+def split_thinking(text: str) -> tuple[str, str] | None:
+  """(thinking, what follows) of a text with one </think>; its <think> may stand in the prompt. None for any other text."""
+  think, closed, rest = text.partition('</think>')
+  think = think.lstrip().removeprefix('<think>')
+  return None if not closed or '</think>' in rest or '<think>' in think + rest else (think.strip(), rest.strip())
 
 
 class Parts(NamedTuple):

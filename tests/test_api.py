@@ -64,7 +64,10 @@ class Server:
       def log_message(self, *_):
         pass
 
-    self.http = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    class Listener(http.server.ThreadingHTTPServer):
+      request_queue_size = 128  # 5 by default: of 64 connections at once most would wait a second for their second try
+
+    self.http = Listener(('127.0.0.1', 0), Handler)
     self.url = f'http://127.0.0.1:{self.http.server_port}/v1'
     self.thread = threading.Thread(target=self.http.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True)
     self.thread.start()
@@ -415,7 +418,8 @@ def test_what_no_retry_mends(serve, tmp_path, reply, message):
   server = serve(lambda *_: reply)
   with pytest.raises(ConfigError, match=message):
     run(server, tmp_path / 'a', [request('a')])
-  assert len(server.bodies) == 1
+  found = isinstance(reply, tuple)  # another reply may be well, when the endpoint is not known yet
+  assert len(server.bodies) == (1 if found else api.MOST_SPOILT)
 
 
 def test_after_an_answer_one_bad_reply_is_one_failure(serve, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import jax
@@ -20,8 +21,10 @@ from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Gr
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.presets import PRESETS
 from rl_reasoning.structs import Batch, Rollout
+from tests.test_distill import make_teacher
 from tests.test_tokenizer import make_folder
 
+FOLDER = tempfile.TemporaryDirectory()  # deleted at exit
 SHARED = {
   'total_steps': 8,
   'data': {'train_size': 64},
@@ -72,7 +75,13 @@ SETTINGS |= {
   'dpo': config.override(PAIRS, 'objective', {'name': 'dpo'}),
   **{name: config.override(PAIRS, 'objective', {'name': name}) for name in ('simpo', 'orpo', 'cpl')},
   'online_dpo': config.override(config.override(GRPO, 'objective', {'name': 'online_dpo'}), 'data.batch_size', 8),
-}
+  'distill': config.merge(SHARED, {
+    'data': {'batch_size': 8, 'max_prompt_length': 32, 'max_length': 64},
+    'objective': {'name': 'distill', 'num_generations': 4, 'on_policy_fraction': 0.5},
+    'rollout': {'max_completion_length': 16},
+    'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
+  }),
+}  # fmt: skip
 
 
 def crash(prompts, completions, *, answer, bonus: float = 0.0, **columns):
@@ -115,7 +124,7 @@ OTHER = {
   'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
   'rollout.chunk': 4,
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
-  'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}},
+  'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
   'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
   'mesh.fsdp': 2, 'mesh.tensor': 2,
@@ -140,6 +149,7 @@ OTHER = {
   'objective.label_smoothing': 0.1, 'objective.rpo_alpha': 0.5, 'objective.simpo_gamma': 0.3, 'objective.orpo_lambda': 0.3,
   'objective.cpl_alpha': 0.2, 'objective.cpl_gamma': 0.9, 'objective.cpl_lambda': 0.4, 'objective.kto_desirable': 2.0,
   'objective.kto_undesirable': 2.0, 'objective.loss_type': 'hinge',
+  'objective.jsd_beta': 0.0, 'objective.on_policy_fraction': 0.25, 'objective.temperature': 2.0, 'objective.teacher_top_k': 4,
   'objective.entropy_coef_max': 0.04, 'objective.dynamic_sampling': True, 'objective.max_refills': 1, 'objective.overlong_buffer': 4,
 }  # fmt: skip
 # Keys that name a source or a limit: another value shows in what is refused.
@@ -148,6 +158,8 @@ REFUSED = {
   'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
   'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
   'roles.critic.init': ('/no/such', "config key 'roles.critic.init': '/no/such' does not exist"),
+  'roles.teacher.init': ('/no/such', "config key 'roles.teacher.init': '/no/such' does not exist"),
+  'roles.teacher.tokenizer': ('/no/such', "config key 'roles.teacher.tokenizer': '/no/such'"),
   'roles.reward': ({'a': {'init': '/no/such'}}, "config key 'roles.reward.a': rewards.functions does not name it"),
   'rewards.combinations': ({'d': {'rule': 'mean', 'of': ('b', 'c')}}, "'b' is none of roles.reward"),
   'data.options.rows': ('prompts', 'a row of rankings has no column responses, ranks'),
@@ -574,6 +586,7 @@ def test_configs(monkeypatch):
   tiny = [
     config.read_file(f'configs/tiny.py:objective={name}') for name in ('sft', 'grpo', 'ppo', 'reward_model', 'cpl', 'online_dpo')
   ]
+  tiny.append(config.read_file('configs/tiny.py:objective=distill,teacher=tests/fixtures/llama'))
   sweeps = [sweep_entries.read_sweep(f'configs/sweeps/{name}.py', [0]).runs.values() for name in ('grpo_family', 'ppo_grpo')]
   swept = [config.override(run.settings, 'roles.policy.init', '') for runs in sweeps for run in runs]
   judged = [config.read_file(f'configs/rm_hh.py:subset={name},pandalm=x') for name in ('helpful', 'harmless', 'judge')]
@@ -587,10 +600,7 @@ def test_configs(monkeypatch):
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   for file in ('rlhf_nano', 'best_of_k'):
-    earlier: dict = {}
-    for name, settings in config.read_file(f'configs/{file}.py')['stages'].items():
-      pipeline.check_stage(settings, '/no/such', earlier)
-      earlier[name] = settings
+    pipeline.check_stages(config.read_file(f'configs/{file}.py')['stages'], '/no/such')
 
 
 def test_batch_sizes():

@@ -135,6 +135,17 @@ def test_keep(tmp_path):
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['6', '8', '9']
 
 
+def test_identity(tmp_path):
+  """Failure: two runs of other weights are one, or the same weights are two; or the newest checkpoint is not the one that is told of."""
+  saved(tmp_path / 'one', 1, 2)
+  prints = {name: int(checkpoint.fingerprint(part)) for name, part in checkpoint.items(make_state(2)).items()}
+  assert checkpoint.identity(str(tmp_path / 'one')) == {'step': 2, **prints}
+  checkpoint.save(checkpoint.open_manager(str(tmp_path / 'two'), KEEP), make_state(2, seed=1))
+  assert checkpoint.identity(str(tmp_path / 'two'))['params'] != prints['params']
+  with pytest.raises(ConfigError, match='holds no checkpoint'):
+    checkpoint.identity(str(tmp_path / 'none'))
+
+
 def test_nothing_there(tmp_path):
   """Failure: a first start does not begin at step 0, or a missing checkpoint ends in a traceback or leaves folders behind."""
   assert checkpoint.restore(checkpoint.open_manager(str(tmp_path / 'new'), KEEP), make_state(0)) is None

@@ -512,3 +512,22 @@ def test_values_of_a_mapping():
   for key in ('seed', 'eval.seed'):
     with pytest.raises(ConfigError, match=f"'{key}': 4294967296 does not fit"):
       config.resolve(config.override({}, key, 2**32))
+
+
+@pytest.mark.parametrize(
+  ('only', 'wanted'),
+  [
+    ({'acuracy': ('a',)}, "'rewards.only.acuracy': 'acuracy' is none of rewards.functions: accuracy, format"),
+    ({'accuracy': ('c',)}, "'rewards.only.accuracy': 'c' is none of data.mixture: a, b"),
+    ({'accuracy': ()}, "'rewards.only.accuracy' is empty"),
+    ({'accuracy': 'a'}, "'rewards.only.accuracy': 'a' is not a tuple"),
+    ({'accuracy': ('a',), 'format': ('a',)}, "'rewards.only': none of rewards.functions speaks of data.mixture.b"),
+  ],
+)
+def test_routes_of_rewards(only, wanted):
+  """Failure: prompts whose rewards are routed by a misspelt name, or that no reward speaks of, are sampled for nothing."""
+  mixture = {name: {'task': 'arithmetic', 'train_size': 8} for name in 'ab'}
+  with pytest.raises(ConfigError) as caught:
+    config.resolve({'data': {'mixture': mixture}, 'rewards': {'only': only}})
+  assert wanted in str(caught.value)
+  config.resolve({'data': {'mixture': mixture}, 'rewards': {'only': {'accuracy': ('a',), 'format': ('a', 'b')}}})

@@ -9,7 +9,20 @@ import types
 import numpy as np
 import pytest
 
-from rl_reasoning import build, config, data, datagen, evaluate, evaluators, pipeline, rollout, tokenizer
+from rl_reasoning import (
+  build,
+  config,
+  data,
+  data_from_checkpoint,
+  data_kept,
+  data_settings,
+  datagen,
+  evaluate,
+  evaluators,
+  pipeline,
+  rollout,
+  tokenizer,
+)
 from rl_reasoning.build import Run
 from rl_reasoning.config import ConfigError
 from rl_reasoning.structs import Rollout
@@ -19,8 +32,8 @@ TOKENIZER = tokenizer.ByteTokenizer()
 PROBLEM = {'prompt': 'q=', 'answer': '7', 'completion': '7', 'chain_of_thought': 'gold', 'difficulty': 3}
 
 
-def make(**options) -> datagen.Generate:
-  return datagen.Generate(**options)
+def make(**options) -> data_settings.Generate:
+  return data_settings.Generate(**options)
 
 
 def said(
@@ -85,28 +98,53 @@ def test_what_is_kept(options, rows, left_out):
   """Failure: another completion is kept than the setting says, a column is missing or is that of the problem's own demonstration, or a
   completion is left out under another reason."""
   dropped = collections.Counter()
-  got, _ = datagen.KEEP[options['keep']](PROBLEM, SAMPLES, make(**options), dropped)
+  got, _ = data_kept.KEEP[options['keep']](PROBLEM, SAMPLES, make(**options), dropped)
   assert sorted(map(json.dumps, got)) == sorted(map(json.dumps, rows)) if options['keep'] == 'pairs' else got == rows
   assert {k: v for k, v in dropped.items() if v} == {'truncated': 1, 'empty': 1, 'duplicate': 1, **left_out}
   if options['keep'] == 'pairs':
     assert got[0]['responses'] != got[1]['responses'] and not {*got[0]['responses']} & {*got[1]['responses']}
 
 
+def test_reasoning():
+  """Failure: a row is in another form than thought and answer, a completion out of the format or verified wrong is kept, one whose thinking
+  its prompt has opened is not, or a missing verdict counts as one."""
+  form = '<think>{}</think> <answer>{}</answer>'
+  samples = [
+    said(form.format(' a ', '7'), 1.0, 1.0), said('b</think><answer>7</answer>', 1.0, 1.0, prompt='q= <think>'),
+    said(form.format('c', '8'), 0.0, 0.0), said(form.format('d', '9'), None, None), said('e <answer>7</answer>', 1.0, 1.0),
+    said(form.format('f', ' '), 1.0, 1.0), said(form.format('', '7'), 1.0, 1.0), said(form.format('g', '7'), 1.0, 1.0, truncated=True),
+    said(form.format('h', '7') + 'more', 1.0, 1.0), said(form.format(' a ', '7'), 1.0, 1.0),
+  ]  # fmt: skip
+  always = {'truncated': 1, 'duplicate': 1, 'not in the format': 2, 'empty thought or answer': 2}
+  for options, chains, left_out in (
+    ({}, 'abd', {'not verified': 1}),
+    ({'verify': 'never'}, 'abcd', {}),
+    ({'verify': 'always'}, 'ab', {'no accuracy': 1, 'not verified': 1}),
+    ({'verify': 'always', 'max_per_prompt': 1}, 'a', {'no accuracy': 1, 'not verified': 1, 'over max_per_prompt': 1}),
+  ):  # fmt: skip
+    dropped = collections.Counter()
+    rows, kept = data_kept.keep_reasoning(PROBLEM, samples, make(keep='reasoning', **options), dropped)
+    assert [row['chain_of_thought'] for row in rows] == [*chains] and len(kept) == len(rows)
+    assert {k: v for k, v in dropped.items() if v} == {**always, **left_out}
+  assert rows == [{'prompt': 'q=', 'answer': '7', 'difficulty': 3, 'chain_of_thought': 'a', 'completion': '7'}]
+  dataset.check_row('here', rows[0])
+
+
 def test_all_are_kept():
   """Failure: those who rank by hand or by a judge do not see everything, or get a row with nothing to rank, which they refuse."""
   dropped = collections.Counter()
-  (row,), kept = datagen.keep_all(PROBLEM, SAMPLES, make(), dropped)
+  (row,), kept = data_kept.keep_all(PROBLEM, SAMPLES, make(), dropped)
   assert row == {
     'prompt': 'q=', 'answer': '7', 'difficulty': 3, 'responses': ['b', 'a', 'w', 'v', '?', '!'], 'counts': [1, 2, 1, 1, 1, 1],
     'rewards': [1.0, 1.2, 0.2, 0.2, None, 0.2], 'correct': [1, 1, 0, 0, 1, None],
   }  # fmt: skip
   assert len(kept) == 6 and dropped == {'truncated': 1, 'empty': 1, 'duplicate': 1, 'nothing to compare with': 0}
-  (row,), _ = datagen.keep_all(PROBLEM, [said('a', 1.0, None), said('b', 1.0, None)], make(), dropped)
+  (row,), _ = data_kept.keep_all(PROBLEM, [said('a', 1.0, None), said('b', 1.0, None)], make(), dropped)
   assert 'correct' not in row
-  assert datagen.keep_all(PROBLEM, [said('a'), said('a')], make(), dropped)[0] == []
+  assert data_kept.keep_all(PROBLEM, [said('a'), said('a')], make(), dropped)[0] == []
 
 
-@pytest.mark.parametrize('keep', datagen.KEEP)
+@pytest.mark.parametrize('keep', data_kept.KEEP)
 def test_every_completion_is_accounted_for(keep):
   """Failure: a completion is lost without a word or counted twice, a row holds what was not sampled, or its order contradicts rewards."""
   rng = random.Random(keep)
@@ -117,10 +155,10 @@ def test_every_completion_is_accounted_for(keep):
     ]
     for s in samples:  # a text is judged one way
       s.update({key: next(o[key] for o in samples if o['completion'] == s['completion']) for key in ('reward', 'accuracy')})
-    limit = rng.choice([0, 1, 2]) if keep in datagen.ONLY['max_per_prompt'] else 0
-    least = rng.choice([None, 0.2]) if keep in datagen.ONLY['min_reward'] else None
+    limit = rng.choice([0, 1, 2]) if keep in data_settings.ONLY['max_per_prompt'] else 0
+    least = rng.choice([None, 0.2]) if keep in data_settings.ONLY['min_reward'] else None
     dropped = collections.Counter()
-    rows, kept = datagen.KEEP[keep](PROBLEM, samples, make(keep=keep, max_per_prompt=limit, min_reward=least), dropped)
+    rows, kept = data_kept.KEEP[keep](PROBLEM, samples, make(keep=keep, max_per_prompt=limit, min_reward=least), dropped)
     assert len(kept) + sum(dropped.values()) == len(samples) and min(dropped.values(), default=0) >= 0
     texts = [text for row in rows for text in row.get('responses') or [row['completion']]]
     assert {*texts} == {s['completion'] for s in kept} and len({s['completion'] for s in kept}) == len(kept)
@@ -144,8 +182,8 @@ def test_least_reward_in_float32():
   """Failure: 0.7 is asked for and 0.7 is left out, because a float32 sum of rewards is a little below it."""
   sample = said('a', float(np.float32(0.7)))
   assert sample['reward'] < 0.7
-  assert datagen.worth([sample], collections.Counter(), 0.7) == [sample]
-  assert datagen.worth([sample], collections.Counter(), 0.70001) == []
+  assert data_kept.worth([sample], collections.Counter(), 0.7) == [sample]
+  assert data_kept.worth([sample], collections.Counter(), 0.70001) == []
 
 
 CHAT = [{'role': 'user', 'content': 'hi'}]
@@ -159,7 +197,7 @@ def test_imitation_repeats_the_tokens(prompt, template):
   wins, or the prompt is rendered another way."""
   text = 'a b</think><answer>7</answer>'
   row = {**PROBLEM, 'prompt': prompt, 'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}
-  (made,), _ = datagen.keep_correct(row, [said(text, 1.0, 1.0)], make(keep='correct'), collections.Counter())
+  (made,), _ = data_kept.keep_correct(row, [said(text, 1.0, 1.0)], make(keep='correct'), collections.Counter())
   dataset.check_row('here', made)
   asked = TOKENIZER.encode(tokenizer.render_prompt(prompt, template, TOKENIZER))
   tokens, flags = data.encode_row(made, TOKENIZER, template)
@@ -182,13 +220,13 @@ def test_imitation_repeats_the_tokens(prompt, template):
 )
 def test_steps_join_to_the_text(text, separator, steps):
   """Failure: a step is lost or empty, or a separator is taken for a pattern: the rows would train other text than was sampled."""
-  assert datagen.split_steps(text, separator) == steps and ''.join(steps) == text
+  assert data_from_checkpoint.split_steps(text, separator) == steps and ''.join(steps) == text
 
 
 class Continuations:
   """A sampler of known continuations: beginning -> [(text, ended)]."""
 
-  def __init__(self, settings: datagen.Generate, known: dict):
+  def __init__(self, settings: data_settings.Generate, known: dict):
     self.generate, self.known, self.asked, self.ready = settings, known, [], False
 
   def to_continue(self):
@@ -214,7 +252,7 @@ def test_labels_of_steps():
   }
   sampler = Continuations(settings, known)
   chains = [('3+4=7;so <answer>7</answer>', 1.0), ('3+4=7;The answer is 7;bye', 1.0), ('3+4=8;no', 0.0), ('7', 1.0)]
-  made, continued = datagen.label_steps(sampler, [(PROBLEM, said(t, 1.0, v, prompt='Q q= ')) for t, v in chains])
+  made, continued = data_from_checkpoint.label_steps(sampler, [(PROBLEM, said(t, 1.0, v, prompt='Q q= ')) for t, v in chains])
   assert made == [
     {'prompt': 'q=', 'completions': ['3+4=7;', 'so <answer>7</answer>'], 'labels': [0.5, 1.0]},
     {'prompt': 'q=', 'completions': ['3+4=7;', 'The answer is 7;', 'bye'], 'labels': [0.5, 0.75, 1.0]},
@@ -294,7 +332,9 @@ def test_interrupted_and_finished(keep, speaker, tmp_path, capsys):
   job = datagen.resolve(settings_of(tmp_path / 'cache', **options))
   summary = datagen.generate(job, str(tmp_path / 'whole'))
   calls = len(speaker.asked)
-  assert {f.name for f in (tmp_path / 'whole').iterdir()} == {'config.json', 'data.jsonl', 'summary.json', 'samples'}
+  assert {f.name for f in (tmp_path / 'whole').iterdir()} == {
+    'config.json', 'data.jsonl', 'README.md', 'array_record', 'summary.json', 'samples'
+  }  # fmt: skip
   assert json.loads((tmp_path / 'whole' / 'summary.json').read_text()) == summary
   speaker.asked.clear()
   speaker.say.dies = True
@@ -330,7 +370,7 @@ def test_what_the_sampler_is_told(monkeypatch):
   g = make(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, batch_size=24)
   chosen = config.resolve({'roles': {'policy': {'template': 'Q: {prompt}'}}, 'rewards': {'functions': ('length',)}})
   run = Run(**{**dict.fromkeys(Run._fields), 'config': chosen, 'reward_models': {'rm': 1}})
-  sampler = datagen.Sampler(run, 'params', {'reward.rm': 'weights'}, g, 'folder')  # type: ignore[arg-type]
+  sampler = data_from_checkpoint.Sampler(run, 'params', {'reward.rm': 'weights'}, g, 'folder')  # type: ignore[arg-type]
   sampler([PROBLEM], 'samples', 3, 11)
   sampler.to_continue()([PROBLEM], 'continuations', 4, 12)
   for (asked, params, rows, name, evaluator, folder, frozen), number, seed in zip(told, (3, 4), (11, 12)):
@@ -360,6 +400,26 @@ def test_the_summary_adds_up(speaker, tmp_path):
   assert all(set(row) == {'prompt', 'completion', 'answer', 'difficulty', 'reward'} for row in rows)
   assert [row['completion'] for row in rows] == [s['completion'] for s in samples[::3]]
   assert len(speaker.asked[0]['prompts']) == 8
+
+
+def test_reasoning_of_a_checkpoint(speaker, tmp_path):
+  """Failure: SFT cannot read what a checkpoint has thought, an evaluation's problem is in it, or the same sums are there twice."""
+  chosen = settings_of(tmp_path / 'cache', keep='reasoning', licence='Apache-2.0')
+  asked = datagen.problems(datagen.resolve(chosen))[0][0]['prompt']
+  (tmp_path / 'exam').mkdir()
+  (tmp_path / 'exam' / 'test.jsonl').write_text(json.dumps({'prompt': asked}) + '\n')
+  exam = {'exam': {'task': 'dataset', 'path': str(tmp_path / 'exam')}}
+  job = datagen.resolve(config.merge(chosen, {'generate': {'decontaminate': exam, 'near_duplicates': 1.0}}))
+  got, rows = datagen.generate(job, str(tmp_path / 'it')), read(tmp_path / 'it')
+  assert all(row['chain_of_thought'] == 'x;so' and row['completion'] == row['answer'] for row in rows)
+  assert got['dropped'] == {'contaminated': 1, 'not verified': got['prompts'], 'truncated': got['prompts']}
+  assert got['rows'] == len(rows) == got['prompts'] - 1 and asked not in {row['prompt'] for row in rows}
+  tokens, _ = data.encode_row(rows[0], TOKENIZER, 'plain')
+  assert TOKENIZER.decode(tokens).endswith(f'<think>x;so</think><answer>{rows[0]["answer"]}</answer>')
+  card = (tmp_path / 'it' / 'README.md').read_text()
+  assert (
+    'license: apache-2.0' in card and '- checkpoint: tests/fixtures/llama' in card and '| left out, contaminated | 1 |' in card
+  )
 
 
 def test_steps_of_a_checkpoint(speaker, tmp_path):
@@ -403,7 +463,7 @@ def test_a_problem_without_a_prompt_or_answer(speaker, tmp_path):
     chosen = {**chosen, 'data': {'task': 'dataset', 'path': str(tmp_path / 'rows.jsonl'), 'cache_dir': str(tmp_path / 'cache')}}
     return datagen.generate(datagen.resolve(chosen), str(tmp_path / 'it'))
 
-  for keep in datagen.BY_VERDICT:
+  for keep in data_settings.BY_VERDICT:
     with pytest.raises(ConfigError, match=f"'generate.keep': '{keep}' goes by verdicts"):
       run([{'prompt': f'{n}+1=', 'text': 'x'} for n in range(20)], keep=keep)
   with pytest.raises(ConfigError, match='no column prompt'):
@@ -427,7 +487,7 @@ def test_text_that_reads_back_as_other_tokens():
   sampler = Fixed(
     run=types.SimpleNamespace(tokenizer=TOKENIZER), generate=make(keep='correct', num_samples=2), seconds=lambda name: 0.0
   )
-  made, counted = datagen.make_data(sampler, [PROBLEM])  # type: ignore[arg-type]
+  made, counted = data_from_checkpoint.make_data(sampler, [PROBLEM])  # type: ignore[arg-type]
   assert len(made) == 2 and counted['other_tokens'] == 1
 
 
@@ -457,6 +517,12 @@ REFUSED = [
     {'generate.keep': 'labels', 'generate.min_reward': 1.0},
     "'generate.min_reward' cannot act: it is for generate.keep best, correct",
   ),
+  ({'generate.verify': 'never'}, "'generate.verify' cannot act: it is for generate.keep reasoning"),
+  (
+    {'generate.keep': 'labels', 'generate.near_duplicates': 0.5},
+    "'generate.near_duplicates' cannot act: it is for generate.keep best",
+  ),
+  ({'generate.api.model': 'x'}, "'generate.api' cannot act: it is for generate.source api, not checkpoint"),
   ({'generate.step_separator': ';'}, "'generate.step_separator' cannot act: it is for generate.keep steps"),
   ({'generate.rollouts_per_step': 2}, "'generate.rollouts_per_step' cannot act: it is for generate.keep steps"),
   ({'generate.keep': 'steps', 'generate.step_separator': ''}, "'generate.step_separator': '' is out of range"),
@@ -576,10 +642,7 @@ def test_rounds_of_the_config():
   last, or trains on another round's data."""
   chosen = config.read_file('configs/best_of_k.py:rounds=3,size=100')['stages']
   assert list(chosen) == ['base', *(f'round{n}_{kind}' for n in (1, 2, 3) for kind in ('generate', 'train'))]
-  earlier: dict = {}
-  for name, settings in chosen.items():
-    pipeline.check_stage(settings, '/tmp/no such folder', earlier)
-    earlier[name] = settings
+  pipeline.check_stages(chosen, '/tmp/no such folder')
   for n in (1, 2, 3):
     made, trained = chosen[f'round{n}_generate'], chosen[f'round{n}_train']
     assert (made['generate']['first'], made['generate']['size'], made['data']['train_size']) == (100 * (n - 1), 100, 300)

@@ -8,6 +8,7 @@ import pytest
 
 from rl_reasoning import checkpoint, config, metrics, pipeline, train
 from rl_reasoning.structs import TrainState
+from tests.test_distill import make_teacher
 
 WALL_CLOCK = ('time/', 'tokens_per_second/', 'step_time', 'mfu')
 
@@ -80,6 +81,11 @@ RESUMED = {
     'model__arch': {'num_hidden_layers': 1}, 'data__max_length': 64,
     'data__pretrain': {'task': 'arithmetic', 'train_size': 24}, 'data__train_size': 48,
   },
+  # A frozen role of another architecture, and rows of both kinds from one stream.
+  'distill': {
+    'objective__num_generations': 2, 'objective__on_policy_fraction': 0.5, 'objective__teacher_top_k': 16, 'data__batch_size': 8,
+    'model__arch': {'num_hidden_layers': 1}, 'data__max_length': 64, 'data__train_size': 48, 'optim__learning_rate': 5e-3,
+  },
 }  # fmt: skip
 
 
@@ -87,6 +93,8 @@ RESUMED = {
 def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   """Failure: something that a step depends on is not in the checkpoint, or is not a function of (seed, step)."""
   chosen = settings(objective, cache, **RESUMED[objective])
+  if objective == 'distill':
+    chosen = config.override(chosen, 'roles.teacher', {'init': make_teacher(tmp_path), 'tokenizer': 'bytes'})
   run(chosen, tmp_path / 'whole')
   write = metrics.Writer.write
 
@@ -105,6 +113,10 @@ def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   if objective == 'reinforce_pp':  # else there was nothing to resume
     entries = logged(tmp_path / 'whole')
     assert len({entry['entropy_coef'] for entry in entries}) == len(entries) == 8 and entries[-1]['kl'] > 0
+  if objective == 'distill':
+    entries = logged(tmp_path / 'whole')
+    assert entries[-1]['divergence'] < 0.9 * entries[0]['divergence'] and {e['frac_on_policy'] for e in entries} == {0.5}
+    assert set(json.loads((tmp_path / 'whole' / 'frozen.json').read_text())) == {'teacher'}
   if objective == 'ppo':
     entries = logged(tmp_path / 'whole')
     assert len({entry['objective/kl_coef'] for entry in entries}) == 8 and entries[-1]['grad_norm/critic'] > 0

@@ -46,7 +46,7 @@ def test_gold_is_a_reward():
   assert REWARDS['gold_reviews'] is fn
 
 
-@pytest.mark.parametrize('kind', ['demonstrations', 'rankings', 'prompts'])
+@pytest.mark.parametrize('kind', ['demonstrations', 'rankings', 'labels', 'prompts'])
 def test_rows(kind):
   """Failure: rows are no function of (seed, split, index), both splits share a prompt, test prompts repeat, or columns are missing."""
   train, test = make(rows=kind), make('test', rows=kind)
@@ -56,8 +56,23 @@ def test_rows(kind):
   assert len({row['prompt'] for row in test}) == len(test) == 300
   for row in train + test:
     assert row['prompt'] == f'{row["topic"]} {" ".join(row["wishes"])}:' and len({*row['wishes']}) == 2
-    more = {'demonstrations': {'completion'}, 'rankings': {'responses', 'ranks'}, 'prompts': set()}[kind]
+    more = {
+      'demonstrations': {'completion'},
+      'labels': {'completion', 'label'},
+      'rankings': {'responses', 'ranks'},
+      'prompts': set(),
+    }[kind]
     assert row.keys() == {'prompt', 'topic', 'wishes'} | more
+
+
+def test_labels():
+  """Failure: a label says that a review is honest which claims what was not asked for, or the other way round."""
+  rows = make(rows='labels')
+  assert [row['completion'] for row in rows] == [row['completion'] for row in make()]
+  for row in rows:
+    claimed = [word for word in row['completion'].split() if word in CLAIMS]
+    assert row['label'] == all(word in (row['topic'], *row['wishes']) for word in claimed)
+  assert 0.6 < np.mean([row['label'] for row in rows]) < 0.9
 
 
 def test_the_author():

@@ -219,6 +219,38 @@ def test_known_rewards(monkeypatch):
   assert marked[0] > known('safe')['safe'][0] and marked[2] is None
 
 
+def test_known_rewards_by_route(monkeypatch):
+  """Failure: a model scores rows that nobody asks it about, a row gets the score of another, or the llama2 rule whitens over rows that are
+  not its own."""
+  ran = {}
+
+  def fake(made, params, prompts, completions, ended, mesh):
+    ran[made] = completions
+    assert [p.upper() for p in prompts] == completions and ended == [c != 'D' for c in completions]
+    return np.asarray([float(ord(c)) for c in completions], np.float32), np.asarray([c != 'C' for c in completions], bool)
+
+  monkeypatch.setattr(reward_models, 'score_texts', fake)
+  combinations = {'both': Combination('llama2', ('helpful', 'safe')), 'low': Combination('minimum', ('safe', 'other'))}
+  models = {name: name for name in ('helpful', 'safe', 'other')}
+
+  def known(functions, **routes):
+    ran.clear()
+    masks = {name: np.asarray([letter in letters for letter in 'ABCDE']) for name, letters in routes.items()}
+    ended = np.asarray([True, True, True, False, True])
+    frozen = {f'reward.{name}': None for name in models}
+    return reward_models.known_rewards(
+      functions, models, frozen, combinations, list('abcde'), list('ABCDE'), ended, {}, None, masks
+    )
+
+  assert known(['helpful', 'safe'], helpful='BD', safe='') == {'helpful': [None, 66, None, 68, None], 'safe': [None] * 5}
+  assert ran == {'helpful': ['B', 'D'], 'safe': []}
+  got = known(['both', 'helpful', 'low'], both='ABC', low='E')
+  assert ran == {'helpful': list('ABCDE'), 'safe': list('ABCE'), 'other': ['E']}
+  assert got['helpful'] == [65, 66, None, 68, 69] and got['low'] == [None] * 4 + [69]
+  assert got['both'][:2] == pytest.approx([-1, 1], abs=1e-3) and got['both'][2:] == [None] * 3  # of 65 and 66 alone
+  assert known(['both'])['both'][4] is not None
+
+
 RUN = {'objective': {'name': 'reward_model'}, 'roles': {'policy': {'tokenizer': 'bytes', 'template': 'r1_zero'}}}
 
 

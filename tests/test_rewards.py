@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from rl_reasoning import rewards, rule_rewards
+from rl_reasoning import config, rewards, rule_rewards
 from rl_reasoning.config import ConfigError, Rewards
 from rl_reasoning.rewards import REWARDS, RewardError
 
@@ -465,3 +465,30 @@ def test_unknown_kind_of_answer():
   """Failure: a misspelt answer_kind is graded by some other rule."""
   with pytest.raises(RewardError, match=r"'accuracy' failed on row 1.*column 'answer_kind': 'maths' is none of number"):
     rewards.score(['accuracy'], 'raise', ['q'] * 2, ['5', '5'], [[1]] * 2, {'answer': ['5', '5'], 'answer_kind': [None, 'maths']})
+
+
+def test_routes(where):
+  """Failure: a function is called on rows that are none of its business, a value lands in another row, or a crash is told of another."""
+  mixture = {name: {'task': 'dataset'} for name in ('math', 'chat')}
+  names = ['tests.test_rewards:by_length', 'tests.test_rewards:crashes_on_bad']
+  settings = {'data': {'mixture': mixture}, 'rewards': {'functions': names, 'only': {names[1]: ('chat',)}}}
+  columns = {'dataset': ['chat', 'math', 'chat', 'math', None], 'bonus': [0, 1, 2, 3, 4]}
+  texts = ['a', 'bad', 'ccc', 'bad', 'bad']
+
+  def scores(settings, texts, on_error='raise'):
+    routes = rewards.routes(config.resolve(settings), columns, 5)
+    return rewards.score(names, on_error, ['q'] * 5, texts, [[1]] * 5, columns, routes=routes, **where)
+
+  values, has, failed = scores(settings, texts)
+  alone = rewards.score(names[1:], 'raise', ['q'] * 2, ['a', 'ccc'], [[1]] * 2, {'bonus': [0, 2]}, **where)
+  assert has.tolist() == [[True, chat] for chat in (True, False, True, False, False)] and not failed.any()
+  assert values[:, 0].tolist() == [1, 3, 3, 3, 3] and values[[0, 2], 1].tolist() == alone.values_NR[:, 0].tolist()
+  with pytest.raises(RewardError, match='failed on row 2: '):
+    scores(settings, ['a', 'b', 'bad', 'b', 'b'])
+  _, has, failed = scores(settings, ['a', 'b', 'bad', 'b', 'b'], 'none')
+  assert failed.tolist() == [[False, n == 2] for n in range(5)] and has[:, 1].tolist() == [True] + [False] * 4
+  assert rewards.routes(config.resolve({'rewards': {'only': {'accuracy': ('chat',)}}}), columns, 5) == {}
+  nobody = {**settings, 'data': {'mixture': {**mixture, 'none': {'task': 'dataset'}}}}
+  nobody['rewards'] = {**settings['rewards'], 'only': {names[1]: ('none',)}}
+  values, has, _ = scores(nobody, texts)  # of no row: it is not called at all
+  assert not has[:, 1].any() and has[:, 0].all()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from rl_reasoning.config import ConfigError
@@ -114,6 +115,32 @@ def test_styles():
   assert make('arithmetic', styles={'direct': 1, 'sloppy': 3}) == make('arithmetic', styles={'sloppy': 3, 'direct': 1})
 
 
+def test_languages():
+  """Failure: steps are in other languages than the config says, mixed at another rate, in one language as careless as in the other, or the
+  words change what is asked, or the chains of a config that knows no languages."""
+  options = {'styles': {'sloppy': 1}, 'languages': {'en': 3, 'ru': 1}, 'mixing': 0.4, 'sloppiness': {'en': 0.8, 'ru': 0.2}}
+  rows, steps = make('arithmetic', size=4000, **options), []
+  for row in rows:
+    pieces = row['chain_of_thought'].split(';')
+    assert all(piece.startswith(('then', 'то')) for piece in pieces)
+    steps.append([(piece[0] == 't', *read_step(piece.removeprefix('then').removeprefix('то'))) for piece in pieces])
+  assert len('then') == len('то'.encode())  # neither language is the shorter one
+  assert abs(np.mean([english for chain in steps for english, *_ in chain]) - 0.75) < 0.02
+  # The two steps of a chain differ where one or both are drawn anew, and the draw is of the other language.
+  differs = np.mean([chain[0][0] != chain[1][0] for chain in steps])
+  assert abs(differs - (1 - 0.6**2) * 2 * 0.75 * 0.25) < 0.03
+  for language, rate in ((True, 0.8), (False, 0.2)):
+    could = [(a, o, b, r) for chain in steps for english, a, o, b, r in chain if english == language]
+    could = [(a, o, b, r) for a, o, b, r in could if careless(a, o, b) != apply(a, o, b)]
+    assert abs(np.mean([r != apply(a, o, b) for a, o, b, r in could]) - rate) < 0.04
+  plain = make('arithmetic', size=50)
+  assert [r['prompt'] for r in rows[:50]] == [r['prompt'] for r in plain] and [r['answer'] for r in rows[:50]] == [
+    r['answer'] for r in plain
+  ]
+  assert not any(set('then') & set(row['chain_of_thought']) for row in plain)
+  assert {len(set(re.findall('then|то', r['chain_of_thought']))) for r in make('arithmetic', languages={'en': 1, 'ru': 1})} == {1}
+
+
 def test_careless():
   """Failure: the careless author forgets something else than the carry or the borrow."""
   cases = {
@@ -150,7 +177,9 @@ def test_countdown_demonstrations_solve_their_problem(options):
     ('arithmetic', 'operands', 1), ('arithmetic', 'low', -1), ('arithmetic', 'low', 16), ('arithmetic', 'high', 1),
     ('arithmetic', 'operators', ''), ('arithmetic', 'operators', '+/'), ('arithmetic', 'sloppiness', 1.5),
     ('arithmetic', 'sloppiness', -0.1), ('arithmetic', 'styles', {'messy': 1}), ('arithmetic', 'styles', {'clean': 0}),
-    ('arithmetic', 'styles', {'clean': 2, 'sloppy': -1}), ('countdown', 'count', 1), ('countdown', 'high', 0),
+    ('arithmetic', 'styles', {'clean': 2, 'sloppy': -1}), ('arithmetic', 'languages', {'fr': 1}), ('arithmetic', 'languages', {'en': 0}),
+    ('arithmetic', 'mixing', 0.5), ('arithmetic', 'mixing', 1.5), ('arithmetic', 'sloppiness', {'en': 0.5}),
+    ('countdown', 'count', 1), ('countdown', 'high', 0),
     ('countdown', 'max_target', 0), ('linear', 'high', 1), ('base_conversion', 'low_base', 1), ('base_conversion', 'low_base', 16),
     ('base_conversion', 'high_base', 2), ('base_conversion', 'high_base', 17), ('base_conversion', 'high', 0),
     ('knights_knaves', 'people', 1), ('knights_knaves', 'people', 9), ('word_problems', 'steps', 0), ('word_problems', 'steps', 21),

@@ -12,6 +12,7 @@ import pytest
 
 from rl_reasoning import build, metrics, model, sharding, train, train_step
 from rl_reasoning.objectives import OBJECTIVES as NAMED
+from rl_reasoning.objectives.distill import Distill
 from rl_reasoning.objectives.grpo import SETTINGS, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.structs import DATA, ROLLOUT, Batch, TrainState
@@ -44,7 +45,11 @@ def logp(params, rows, entropy=False, entropy_gradient=False):
   return model.log_probs(params, ARCH, rows, temperature, entropy=entropy, entropy_gradient=entropy_gradient)
 
 
-NETS = {role: SimpleNamespace(logp=logp) for role in ('policy', 'ref')}
+def output(params, rows):
+  return model.Output(model.hidden_states(params, ARCH, rows), model.head(params))
+
+
+NETS = {role: SimpleNamespace(logp=logp, output=output) for role in ('policy', 'ref', 'teacher')}
 
 
 def make_batch(width=T, source=ROLLOUT, seed=0) -> Batch:
@@ -77,11 +82,11 @@ def grpo(**keys) -> Grpo:
   return Grpo(GIVEN, **{'num_generations': 4, **keys})
 
 
-def make_state(optimizer, ref=None, params=PARAMS) -> TrainState:
+def make_state(optimizer, other=None, params=PARAMS) -> TrainState:
   params = jax.tree.map(jnp.array, params)
   return TrainState(
     step=0, cursor={}, updates=jnp.int32(0), params={'policy': params}, opt={'policy': optimizer.init(params)}, aux={}, moving={},
-    frozen={} if ref is None else {'ref': ref},
+    frozen={} if other is None else {'ref': other, 'teacher': other},
   )  # fmt: skip
 
 
@@ -91,10 +96,10 @@ def make_steps(objective, micro_batch=0, optimizer=None, shardings=None):
   )
 
 
-def one_update(objective, batch, micro_batch=0, optimizer=None, ref=None):
+def one_update(objective, batch, micro_batch=0, optimizer=None, other=None):
   """(gradient under plain SGD of rate 1, summarised metrics)."""
   optimizer = optimizer or optax.sgd(1.0)
-  state, steps = make_state(optimizer, ref), make_steps(objective, micro_batch, optimizer)
+  state, steps = make_state(optimizer, other), make_steps(objective, micro_batch, optimizer)
   rows, _, _ = steps.prepare(state, steps.score(state, batch))
   state, got = steps.update(state, rows)
   return difference(PARAMS, state.params['policy']), metrics.summarise(got)
@@ -118,19 +123,31 @@ def assert_equal_metrics(a, b):
     assert a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-6), name
 
 
-OBJECTIVES = {'sft token_mean': Sft(), 'sft sequence_mean': Sft(aggregation='sequence_mean'), 'grpo sequence_mean': grpo()}
+DISTILL = {  # half of the rows are the policy's own
+  'distill': Distill(num_generations=4, on_policy_fraction=0.5),
+  'distill, top 6': Distill(
+    num_generations=4, on_policy_fraction=0.5, teacher_top_k=6, aggregation='sequence_mean', temperature=0.25
+  ),
+}
+OBJECTIVES = {
+  'sft token_mean': Sft(), 'sft sequence_mean': Sft(aggregation='sequence_mean'), 'grpo sequence_mean': grpo(), **DISTILL
+}  # fmt: skip
+
+
+def rows_for(name, width=T) -> Batch:
+  batch = make_batch(width, DATA if name.startswith('sft') else ROLLOUT)
+  return batch.replace(source_N=np.tile(np.int32([ROLLOUT, ROLLOUT, DATA, DATA]), N // 4)) if name in DISTILL else batch
 
 
 @functools.cache
 def whole(name):
-  return one_update(OBJECTIVES[name], make_batch(source=DATA if name.startswith('sft') else ROLLOUT))
+  return one_update(OBJECTIVES[name], rows_for(name), other=OTHER)
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_micro_batches(name):
   """Failure: the objective, its gradient norm or a metric changes with the number of micro-batches (the peers' commonest bug)."""
-  source = DATA if name.startswith('sft') else ROLLOUT
-  gradient, values = one_update(OBJECTIVES[name], make_batch(source=source), micro_batch=4)
+  gradient, values = one_update(OBJECTIVES[name], rows_for(name), micro_batch=4, other=OTHER)
   assert_equal_trees(gradient, whole(name)[0], 1e-6)
   assert_equal_metrics(values, whole(name)[1])
   assert values['grad_norm'] == pytest.approx(norm(gradient), rel=1e-5)
@@ -146,10 +163,10 @@ def test_gradient_is_that_of_the_written_objective():
   assert_equal_trees(whole('grpo sequence_mean')[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize('name', ['sft token_mean', 'grpo sequence_mean'])
+@pytest.mark.parametrize('name', ['sft token_mean', 'grpo sequence_mean', 'distill'])
 def test_padding_amount(name):
   """Failure: more padding changes the update or a metric."""
-  gradient, values = one_update(OBJECTIVES[name], make_batch(24, source=DATA if name.startswith('sft') else ROLLOUT))
+  gradient, values = one_update(OBJECTIVES[name], rows_for(name, 24), other=OTHER)
   assert_equal_trees(gradient, whole(name)[0], 2e-6)
   assert_equal_metrics(values, whole(name)[1])
 
@@ -220,7 +237,7 @@ def step_of(objective, batch, micro_batch, mesh, rate):
   placed = build.param_shardings(mesh, ARCH)
   state = make_state(optimizer)
   state = state.replace(params=jax.device_put(state.params, {'policy': placed}), aux=objective.init_aux(),
-                        frozen={'ref': jax.device_put(OTHER, placed)})  # fmt: skip
+                        frozen=dict.fromkeys(('ref', 'teacher'), jax.device_put(OTHER, placed)))  # fmt: skip
   shardings = {
     'params': {'policy': placed},
     'opt': {'policy': jax.tree.map(lambda _: sharding.replicated(mesh), state.opt['policy'])},
@@ -235,13 +252,13 @@ def step_of(objective, batch, micro_batch, mesh, rate):
   return first, difference(PARAMS, jax.device_get(state.params['policy'])), metrics.summarise(gathered)
 
 
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('name', [*SETTINGS, *DISTILL])
 def test_every_setting_is_invariant(name):
   """Failure: a setting's update depends on micro-batches, the amount or side of padding, the order of groups, or the devices. Its clip
   acts in the second update, or this test has not seen it."""
   updates = 1 if name == 'rloo' else 2
-  objective = NAMED[name](given=GIVEN, num_generations=4, num_iterations=updates)
-  batch, results = make_batch(), []
+  objective = DISTILL.get(name) or NAMED[name](given=GIVEN, num_generations=4, num_iterations=updates)
+  batch, results = rows_for(name), []
   for rows, micro_batch, sizes in ((batch, 0, (1, 1, 1)), (elsewhere(batch), 8, (2, 2, 2))):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
@@ -252,7 +269,8 @@ def test_every_setting_is_invariant(name):
   assert other_values.keys() == values.keys()
   for key, value in other_values.items():
     assert value == pytest.approx(values[key], rel=1e-4, abs=1e-5), key
-  assert norm(change) > 1e-3 and (values['clip_ratio/region_mean'] > 0) == (name not in ('rloo', 'r1', 'cispo'))
+  assert norm(change) > 1e-3
+  assert name in DISTILL or (values['clip_ratio/region_mean'] > 0) == (name not in ('rloo', 'r1', 'cispo'))
 
 
 DIRECTIONAL = {
@@ -267,7 +285,7 @@ def test_gradient_through_the_model(name):
   """Failure: the gradient that reaches the weights is not the slope of the loss along it: the model's log-probabilities or its entropy
   have another gradient than value. (GSPO's stop-gradient form has the gradient of its sequence ratio, so no factor stands still here.)"""
   objective = NAMED[name](given=GIVEN, num_generations=4, **DIRECTIONAL[name])
-  steps, state = make_steps(objective), make_state(optax.sgd(1.0), ref=OTHER)
+  steps, state = make_steps(objective), make_state(optax.sgd(1.0), other=OTHER)
   rows, _, _ = steps.prepare(state, steps.score(state, make_batch()))
   rows = rows.replace(weight_NT=rows.mask_NT / rows.mask_NT.sum(axis=1, keepdims=True) / N)
   moved = jax.tree.map(lambda a, b: a + 0.1 * (b - a), PARAMS, OTHER)  # so that ratios are not 1
@@ -383,7 +401,7 @@ def test_reference():
   batch = make_batch()
   batch = batch.replace(rewards_NR=np.full((N, 1), 0.5, np.float32))  # no advantage: only the KL pulls
   for ref in (PARAMS, OTHER):
-    gradient, values = one_update(grpo(beta=0.7), batch, ref=ref)
+    gradient, values = one_update(grpo(beta=0.7), batch, other=ref)
     d = np.asarray(logp(ref, batch)[0] - logp(PARAMS, batch)[0], np.float64)[batch.mask_NT > 0]
     assert values['kl'] == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4, abs=1e-6)
     assert values['policy_loss'] == 0
@@ -419,7 +437,7 @@ def test_moving_average():
 def test_extreme_values_outside_the_mask():
   """Failure: 0 * inf on a prompt token or on padding makes the update NaN (OpenRLHF#1240)."""
   objective, optimizer = grpo(num_iterations=2, beta=0.1), optax.sgd(1.0)
-  steps, state = make_steps(objective, 8, optimizer), make_state(optimizer, ref=OTHER)
+  steps, state = make_steps(objective, 8, optimizer), make_state(optimizer, other=OTHER)
   rows, _, _ = steps.prepare(state, steps.score(state, make_batch()))
   outside = np.asarray(rows.mask_NT) == 0
   wild = rows.replace(
@@ -428,7 +446,7 @@ def test_extreme_values_outside_the_mask():
   )
   calm, values = steps.update(state, rows)
   calm = jax.device_get(calm.params['policy'])
-  after, got = steps.update(make_state(optimizer, ref=OTHER), wild)
+  after, got = steps.update(make_state(optimizer, other=OTHER), wild)
   assert_equal_metrics(metrics.summarise(got), metrics.summarise(values))
   assert_equal_trees(jax.device_get(after.params['policy']), calm, 1e-8)
 

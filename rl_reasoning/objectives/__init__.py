@@ -15,12 +15,13 @@ What the other modules ask of it:
   loss(nets, params, frozen, aux, batch) -> scalar, metrics
   adapt(aux, metrics) -> aux
   inert() -> {key: why it cannot act beside the others}     formula() -> lines for --explain
-`given` is no key: build.py puts there what an objective reads of other sections.
+`given` is no key: build.py puts there what an objective reads of other sections. One without it reads no rewards.
 """
 
 import functools
 
 from rl_reasoning.objectives import grpo, preference, reward_model
+from rl_reasoning.objectives.distill import Distill
 from rl_reasoning.objectives.grpo import Grpo
 from rl_reasoning.objectives.ppo import Ppo
 from rl_reasoning.objectives.preference import Preference
@@ -32,4 +33,10 @@ OBJECTIVES = {
   'ppo': Ppo,
   **{name: functools.partial(Grpo, **settings) for name, settings in grpo.SETTINGS.items()},
   **{name: functools.partial(Preference, **settings) for name, settings in preference.SETTINGS.items()},
+  'distill': Distill,
 }
+
+
+def reads_rewards(objective) -> bool:
+  """Whether rollouts are judged for it."""
+  return 'rollout' in objective.sources and hasattr(objective, 'given')

@@ -12,7 +12,7 @@ from rl_reasoning import advantages, losses
 from rl_reasoning.config import check
 from rl_reasoning.objectives.grpo import Given
 from rl_reasoning.objectives.reference import Reference
-from rl_reasoning.objectives.rollout_metrics import rollout_metrics
+from rl_reasoning.objectives.rollout_metrics import rollout_metrics, rollout_rows
 from rl_reasoning.structs import ROLLOUT, Array, Batch, Max, Mean, Sum
 
 CHOICES = {
@@ -239,12 +239,8 @@ class Ppo(Reference):
     extras = {**rows.extras, 'value': read_before(scores, rows)}
     return rows.replace(logp_old_NT=old, logp_ref_NT=reference, extras=extras)
 
-  def rollout_rows(self, x: Array) -> Array:
-    """Of the rows of each prompt the first `num_generations`: the others come from data."""
-    return x.reshape(-1, self.update_rows, *x.shape[1:])[:, : self.num_generations].reshape(-1, *x.shape[1:])
-
   def all_rows(self, x: Array) -> Array:
-    """The inverse, with 0 in the rows from data."""
+    """The inverse of `rollout_rows`, with 0 in the rows from data."""
     x = x.reshape(-1, self.num_generations, *x.shape[1:])
     return jnp.pad(x, ((0, 0), (0, self.update_rows - self.num_generations)) + ((0, 0),) * (x.ndim - 2)).reshape(-1, *x.shape[2:])
 
@@ -263,7 +259,7 @@ class Ppo(Reference):
 
   def prepare(self, aux, batch: Batch):
     G, given = self.num_generations, self.given
-    rows = jax.tree.map(self.rollout_rows, batch)
+    rows = rollout_rows(batch, self.num_generations, self.update_rows)
     completions = float(rows.mask_NT.shape[0])
     reward, has = advantages.combine_rewards(rows.rewards_NR, rows.has_reward_NR, rows.failed_NR, given.reward_weights, G)
     metrics = rollout_metrics(rows, reward, has, given.reward_names, G)

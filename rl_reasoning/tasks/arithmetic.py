@@ -1,17 +1,19 @@
 """Chained arithmetic: '12+7-5=' -> '12+7=19;19-5=14' -> 14. A problem is a function of (seed, split, index).
 
-Beside clean chains, rows can be written in the styles of a careless author, which make a base model with something left to learn.
+Beside clean chains, rows can be written in the styles of a careless author, which make a base model with something left to learn; and in
+two written languages, told apart by the word that opens a step ('then7+9=16;то16-3=13'), which he may mix within a chain.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rl_reasoning.config import check
 from rl_reasoning.tasks.procedural import problems
 
 STYLES = ('clean', 'sloppy', 'direct')
+OPENINGS = {'en': 'then', 'ru': 'то'}  # of as many bytes, so that no language is the shorter one
 
 
 def apply(a: int, operator: str, b: int) -> int:
@@ -29,34 +31,64 @@ def careless(a: int, operator: str, b: int) -> int:
   return apply(a, operator, b)
 
 
-def worked(numbers: list[int], operators: list[str], rng: random.Random, sloppiness: float) -> tuple[str, int]:
-  """(chain of thought, its result): each step is careless with probability `sloppiness`, and the next goes on from what it gave."""
+def worked(
+  numbers: list[int], operators: list[str], rng: random.Random, errs: Sequence[float], languages: Sequence[str]
+) -> tuple[str, int]:
+  """(chain of thought, its result): step n is in languages[n] ('': none) and careless with probability errs[n]; the next goes on from what
+  it gave."""
   steps, value = [], numbers[0]
-  for operator, number in zip(operators, numbers[1:], strict=True):
-    result = (careless if rng.random() < sloppiness else apply)(value, operator, number)
-    steps.append(f'{value}{operator}{number}={result}')
+  for operator, number, err, language in zip(operators, numbers[1:], errs, languages, strict=True):
+    result = (careless if rng.random() < err else apply)(value, operator, number)
+    steps.append(f'{OPENINGS.get(language, "")}{value}{operator}{number}={result}')
     value = result
   return ';'.join(steps), value
 
 
+def choose_languages(weights: Mapping[str, float], mixing: float, steps: int, rng: random.Random) -> list[str]:
+  """The language of each step: that of the chain, or with probability `mixing` one drawn anew."""
+  if not weights:
+    return [''] * steps
+  names, shares = sorted(weights), [weights[name] for name in sorted(weights)]
+  own = rng.choices(names, shares)[0]
+  return [rng.choices(names, shares)[0] if rng.random() < mixing else own for _ in range(steps)]
+
+
+def check_weights(key: str, weights: Mapping[str, float], known: Collection[str]) -> None:
+  for name in weights:
+    check(name in known, f"config key 'data.options.{key}.{name}' is none of {', '.join(known)}")
+  check(
+    min(weights.values()) >= 0 < sum(weights.values()), f"config key 'data.options.{key}': weights are >= 0, and one is positive"
+  )
+
+
 def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: int = 3, low: int = 2, high: int = 15, operators: str = '+-',
-         styles: Mapping[str, float] | None = None, sloppiness: float = 0.6) -> Iterator[dict]:  # fmt: skip
+         styles: Mapping[str, float] | None = None, sloppiness: float | Mapping[str, float] = 0.6,
+         languages: Mapping[str, float] | None = None, mixing: float = 0.0) -> Iterator[dict]:  # fmt: skip
   """`size` rows {prompt, chain_of_thought, completion, answer, difficulty: operands}; test problems are distinct, others may repeat.
 
   `styles` weighs how training rows are written (default: all clean): 'sloppy' errs by `sloppiness`, 'direct' does too and shows no chain.
-  `answer` is right in every style.
+  `languages` weighs in what a chain is written (en, ru; default: signs alone), and a step of it is in one drawn anew with probability
+  `mixing`; `sloppiness` may then be a number a language. `answer` is right in every style.
   """
-  given = dict(styles or {'clean': 1.0})
-  for name in given:
-    check(name in STYLES, f"config key 'data.options.styles.{name}' is none of {', '.join(STYLES)}")
+  given, spoken = dict(styles or {'clean': 1.0}), dict(languages or {})
+  check_weights('styles', given, STYLES)
+  if spoken:
+    check_weights('languages', spoken, OPENINGS)
   weights = [given.get(name, 0.0) for name in STYLES]  # in one order: that of the config's keys must not matter
-  check(min(weights) >= 0 < sum(weights), "config key 'data.options.styles': weights are >= 0, and one is positive")
   check(operands >= 2, f"config key 'data.options.operands': {operands} must be at least 2")
   check(0 <= low <= high, f"config key 'data.options.low': {low} is not within 0 and high = {high}")
   check(
     bool(operators) and set(operators) <= set('+-*'), f"config key 'data.options.operators': {operators!r} has others than + - *"
   )
-  check(0 <= sloppiness <= 1, f"config key 'data.options.sloppiness': {sloppiness} is not in [0, 1]")
+  check(0 <= mixing <= 1, f"config key 'data.options.mixing': {mixing} is not in [0, 1]")
+  check(mixing == 0 or len(spoken) > 1, "config key 'data.options.mixing' cannot act: data.options.languages has not two to mix")
+  by_language = isinstance(sloppiness, Mapping)
+  check(
+    not by_language or set(sloppiness) == set(spoken),
+    f"config key 'data.options.sloppiness': {sloppiness!r} has not one number for each of data.options.languages",
+  )
+  for value in sloppiness.values() if by_language else (sloppiness,):
+    check(0 <= value <= 1, f"config key 'data.options.sloppiness': {value} is not in [0, 1]")
 
   def propose(rng: random.Random) -> dict:
     numbers = [rng.randint(low, high) for _ in range(operands)]
@@ -67,8 +99,12 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
   for problem, rng in problems('arithmetic', split, seed, size, 'operands, low or high', propose):
     numbers, chosen = problem['numbers'], problem['operators']
     style = rng.choices(STYLES, weights)[0] if split == 'train' else 'clean'
-    chain, result = worked(numbers, chosen, rng, 0 if style == 'clean' else sloppiness)
-    right = worked(numbers, chosen, rng, 0)[1]
+    in_words = choose_languages(spoken, mixing, len(chosen), rng)
+    errs = [0.0 if style == 'clean' else sloppiness[name] if by_language else sloppiness for name in in_words]
+    chain, result = worked(numbers, chosen, rng, errs, in_words)
+    right = numbers[0]
+    for operator, number in zip(chosen, numbers[1:], strict=True):
+      right = apply(right, operator, number)
     yield {
       'prompt': problem['prompt'],
       'chain_of_thought': '' if style == 'direct' else chain,

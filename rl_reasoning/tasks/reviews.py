@@ -29,7 +29,7 @@ PRAISE = ('ace', 'fab', 'fun', 'joy', 'top', 'wow', 'yum', 'zen')
 CLAIMS = {*TOPICS, *PROPERTIES}
 WORDS = CLAIMS | {*PRAISE}
 ENOUGH_PRAISE = 2  # words; the author never writes more
-KINDS = ('demonstrations', 'rankings', 'prompts')
+KINDS = ('demonstrations', 'rankings', 'labels', 'prompts')
 TRIES = 10_000
 
 
@@ -96,8 +96,9 @@ def propose(rng: random.Random) -> dict:
 def rows(split: str, seed: int, size: int | None, path: str = '', *, rows: str = 'demonstrations', responses: int = 2, gap: float = 1.0,
          noise: float = 0.0) -> Iterator[dict]:  # fmt: skip
   """`size` rows {prompt, topic, wishes}; test prompts are distinct, others may repeat. With `rows` 'demonstrations' also a completion by
-  the author, with 'rankings' `responses` of his and their ranks by gold, no two of them closer than `gap` in gold: what is nearly as good
-  teaches little, and nobody could rank it. Training rankings err by `noise`, the scale of Gumbel noise added to gold (0: none)."""
+  the author, with 'labels' also its label, 1 where it is honest: claims nothing that was not asked for; with 'rankings' `responses` of his
+  and their ranks by gold, no two of them closer than `gap` in gold: what is nearly as good teaches little, and nobody could rank it.
+  Training rankings err by `noise`, the scale of Gumbel noise added to gold (0: none)."""
   check(rows in KINDS, f"config key 'data.options.rows': {rows!r} is none of {', '.join(KINDS)}")
   check(responses >= 2, f"config key 'data.options.responses': {responses} must be at least 2")
   check(gap > 0, f"config key 'data.options.gap': {gap} must be positive: gold values that are equal rank nothing")
@@ -105,8 +106,10 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, rows: str =
   for key, value in (('responses', responses != 2), ('gap', gap != 1.0), ('noise', noise != 0.0)):
     check(rows == 'rankings' or not value, f"config key 'data.options.{key}' cannot act: it is for rows 'rankings'")
   for row, rng in problems('reviews', split, seed, size, 'the vocabulary of tasks/reviews.py', propose):
-    if rows == 'demonstrations':
+    if rows in ('demonstrations', 'labels'):
       row['completion'] = write(row['topic'], row['wishes'], rng)
-    elif rows == 'rankings':
+    if rows == 'labels':
+      row['label'] = int(not (({*row['completion'].split()} & CLAIMS) - {row['topic'], *row['wishes']}))
+    if rows == 'rankings':
       row |= write_ranking(row['topic'], row['wishes'], rng, responses, gap, noise if split == 'train' else 0.0)
     yield row

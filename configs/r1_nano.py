@@ -1,0 +1,163 @@
+"""DeepSeek-R1 (2501.12948) end to end at nano scale: every stage of configs/r1.py on two CPU cores, from nothing.
+
+Command:  make r1-nano     (python -m rl_reasoning.pipeline --config=configs/r1_nano.py:seed=0 --workdir=runs/r1_nano)
+Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_nano_2 --out=docs/results/r1_nano.json
+            --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,
+            8 samples/length"  (in one line)
+            --compare=rl1_eval:rl1_free_eval,student_distilled_eval:student_rl_eval
+Hardware: 2 CPU cores.
+
+The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
+<think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian
+than in English, mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
+
+  base                     SFT on the careless author and on reviews: what stands for the pretrained model
+  r1_zero                  GRPO from the base on accuracy and format alone; the reference is replaced every `sync` updates
+  cold_sampled, cold       its samples, those kept that are right, readable and in English
+  sft1, rl1                SFT of the base on them; GRPO with the language-consistency reward.   rl1_free: the same without it
+  sampled, reasoning       rejection sampling from rl1
+  rm_helpful, rm_safe      reward models of reviews: helpful from rankings, safe (nothing claimed that was not asked for) from labels
+  general                  reviews: the best of 4 samples by rm_helpful
+  sft2                     SFT of the base on both
+  rl2, rl2_general         GRPO: rules; then rules on arithmetic and reward models on reviews
+  student_base             a model of a fifth of the parameters, trained as the base
+  student_distilled        its SFT on the data of sft2.   student_clean: on chains of an author without errors, as many steps
+  student_rl               GRPO on it with the rewards of r1_zero, for at least the time that distillation takes
+  NAME_eval                held-out problems, the same for all
+"""
+
+TASK = {'operands': 4, 'low': 3, 'high': 9}
+AUTHOR = {
+  'styles': {'direct': 0.5, 'sloppy': 0.5}, 'sloppiness': {'en': 0.7, 'ru': 0.55}, 'languages': {'en': 1.0, 'ru': 1.0}, 'mixing': 0.3,
+}  # fmt: skip
+STUDENT = {'hidden_size': 48, 'intermediate_size': 128, 'num_hidden_layers': 2}
+
+
+def get_config(
+  seed: int = 0, scale: float = 1.0, language_weight: float = 1.0, sync: int = 100, eval_size: int = 400, eval_seed: int = 2
+) -> dict:
+  def scaled(count: int) -> int:
+    return max(2, round(count * scale))
+
+  rollout = {'max_completion_length': 60}
+  rules = {'functions': ('accuracy', 'format'), 'weights': (1.0, 0.2)}
+  consistent = {'functions': ('accuracy', 'format', 'language'), 'weights': (1.0, 0.2, language_weight)}
+  sums = {'task': 'arithmetic', 'train_size': 20_000, 'options': TASK}
+  reviews = {'task': 'reviews', 'train_size': 8000, 'options': {'rows': 'prompts'}}
+  saved = {'checkpoint': {'every': 50, 'keep': 1}}
+
+  def evaluation(stage: str) -> dict:
+    return {
+      'data': {'task': 'arithmetic', 'options': TASK, 'max_prompt_length': 16},
+      'rollout': rollout,
+      'rewards': consistent,
+      'eval': {
+        'size': eval_size, 'batch_size': min(200, eval_size), 'seed': eval_seed,
+        'evaluators': {'greedy': {}, '8 samples': {'num_samples': 8, 'temperature': 1.0}},
+      },
+      'evaluate': {'checkpoint': f'{{workdir}}/{stage}'},
+    }  # fmt: skip
+
+  def sft(data: dict, steps: int, learning_rate: float = 1e-3, init: str = '{workdir}/base', **more) -> dict:
+    return {
+      'seed': seed,
+      'total_steps': scaled(steps),
+      'log_every': 50,
+      **({'roles': {'policy': {'init': init}}} if init else {}),
+      'data': {**data, 'batch_size': 64, 'max_length': 96},
+      'objective': {'name': 'sft'},
+      'optim': {'learning_rate': learning_rate, 'schedule': 'cosine', 'warmup_updates': 10},
+      **saved,
+      **more,
+    }
+
+  def rl(init: str, steps: int, rewards: dict, data: dict | None = None, models: dict | None = None, **objective) -> dict:
+    return {
+      'seed': seed,
+      'total_steps': scaled(steps),
+      'log_every': 5,
+      'roles': {'policy': {'init': init}, **({'reward': models} if models else {})},
+      'data': {**(data or sums), 'batch_size': 32, 'max_prompt_length': 16},
+      'objective': {'name': 'grpo', 'aggregation': 'token_mean', **objective},
+      'rollout': rollout,
+      'rewards': rewards,
+      'optim': {'learning_rate': 3e-4, 'warmup_updates': 10},
+      **saved,
+    }
+
+  def sample(init: str, data: dict, rewards: dict, models: dict | None = None, **generate) -> dict:
+    return {
+      'seed': seed,
+      'roles': {'policy': {'init': init}, **({'reward': models} if models else {})},
+      'data': {**data, 'max_prompt_length': 16},
+      'rollout': rollout,
+      'rewards': rewards,
+      'generate': {'seed': seed, 'batch_size': 250, **generate},
+    }
+
+  def reward_model(rows: str, objective: dict) -> dict:
+    return {
+      'seed': seed,
+      'total_steps': scaled(120),
+      'log_every': 20,
+      'roles': {'policy': {'init': '{workdir}/base'}},
+      'data': {'task': 'reviews', 'train_size': 8000, 'options': {'rows': rows}, 'batch_size': 64, 'max_length': 64},
+      'objective': objective,
+      'optim': {'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_updates': 10},
+      **saved,
+    }
+
+  readable = (
+    {'name': 'format'},
+    {'name': 'language', 'language': 'en', 'least': 1.0},
+    {'name': 'repetition', 'ngram_size': 8, 'most': 0.1},
+    {'name': 'duplicates'},
+  )
+  author = {'mixture': {
+    'sums': {'task': 'arithmetic', 'train_size': 40_000, 'options': {**TASK, **AUTHOR}, 'weight': 3.0},
+    'reviews': {'task': 'reviews', 'train_size': 10_000, 'options': {'rows': 'demonstrations'}},
+  }}  # fmt: skip
+  helpful, safe = {'helpful': {'init': '{workdir}/rm_helpful'}}, {'safe': {'init': '{workdir}/rm_safe'}}
+  final = {'task': 'dataset', 'path': '{workdir}/sft2_data/data.jsonl'}
+  stages = {
+    'base': sft(author, 900, 2e-3, '', model={'preset': 'nano'}),
+    'r1_zero': rl('{workdir}/base', 150, rules, beta=0.001, ref_model_sync_updates=sync),
+    'cold_sampled': sample('{workdir}/r1_zero', sums, rules, keep='correct', size=scaled(500), num_samples=8, max_per_prompt=8),
+    'cold': {'filter': {
+      'inputs': {'r1_zero': '{workdir}/cold_sampled/data.jsonl'}, 'steps': (*readable, {'name': 'per_prompt', 'most': 2}),
+    }},
+    'sft1': sft({'task': 'dataset', 'path': '{workdir}/cold/data.jsonl'}, 100),
+    'rl1': rl('{workdir}/sft1', 80, consistent),
+    'rl1_free': rl('{workdir}/sft1', 80, rules),
+    'sampled': sample('{workdir}/rl1', sums, rules, keep='correct', first=scaled(500), size=scaled(1500), num_samples=4, max_per_prompt=4),
+    'reasoning': {'filter': {'inputs': {'rl1': '{workdir}/sampled/data.jsonl'}, 'steps': readable}},
+    'rm_helpful': reward_model('rankings', {'name': 'reward_model'}),
+    'rm_safe': reward_model('labels', {'name': 'outcome_reward_model'}),
+    'general': sample(
+      '{workdir}/base', reviews, {'functions': ('helpful',)}, helpful, keep='best', size=scaled(700), num_samples=4,
+    ),
+    'sft2_data': {'filter': {
+      'inputs': {'reasoning': '{workdir}/reasoning/data.jsonl', 'general': '{workdir}/general/data.jsonl'},
+      'steps': ({'name': 'duplicates'},), 'sizes': {'reasoning': scaled(1800), 'general': scaled(600)}, 'seed': seed,
+    }},
+    'sft2': sft(final, 150),
+    'rl2': rl('{workdir}/sft2', 40, consistent),
+    'rl2_general': rl(
+      '{workdir}/rl2', 30,
+      {
+        'functions': ('accuracy', 'format', 'language', 'helpful', 'safe'), 'weights': (1.0, 0.2, language_weight, 1.0, 1.0),
+        'only': dict.fromkeys(('accuracy', 'format', 'language'), ('sums',)) | {'helpful': ('reviews',), 'safe': ('reviews',)},
+      },
+      {'mixture': {'sums': sums, 'reviews': reviews}}, helpful | safe,
+    ),
+    'student_base': sft(author, 900, 2e-3, '', model={'preset': 'nano', 'arch': STUDENT}),
+    'student_distilled': sft(final, 300, init='{workdir}/student_base'),
+    'student_clean': sft({**sums, 'options': {**TASK, 'languages': {'en': 1.0}}}, 300, init='{workdir}/student_base'),
+    'student_rl': rl('{workdir}/student_base', 80, rules),
+  }  # fmt: skip
+  with_tables: dict = {}
+  for name, settings in stages.items():
+    with_tables[name] = settings
+    if 'objective' in settings and not name.startswith('rm_'):
+      with_tables[f'{name}_eval'] = evaluation(name)
+  return {'stages': with_tables}
