@@ -226,7 +226,7 @@ def sample_variant(bench: Bench, name: str, method: Method, models: Sequence[str
     f'reward.{model}': bench.frozen[f'reward.{model}'] for model in (*models, by(method)) if model in bench.run.reward_models
   }
   of = evaluators.identity(run, bench.fingerprint, bench.rows, evaluator, weights)
-  code = [pathlib.Path(module.__file__) for module in (rounds, inference_methods)]
+  code = [pathlib.Path(str(module.__file__)) for module in (rounds, inference_methods)]
   guided = {role: int(checkpoint.fingerprint(w)) for role, w in weights.items()}
   of |= {'method': config_lib.digest([alike(method), texts, guided]), 'methods_code': data.content_hash(code)[:12]}
   file = evaluators.SampleFile(bench.folder / 'samples', name, of)

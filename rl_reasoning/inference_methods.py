@@ -153,7 +153,7 @@ class WeightedVote(Sampled):
   def weights(self, samples: Samples) -> list[float]:
     if self.by not in self.words:
       scores = [s['rewards'][self.by] for s in samples]
-      return [0.0 if score is None else float(sigmoid(np.float64(score))) for score in scores]
+      return [0.0 if score is None else float(sigmoid(np.asarray(score))) for score in scores]
     logp = [s['logp'] if self.by == 'likelihood' else s['logp'] / s['length'] for s in samples]
     return [math.exp(x - max(logp)) for x in logp]  # whose sums compare alike, and do not vanish
 
@@ -238,7 +238,7 @@ def chosen(chains: Sequence[Chain], texts: Sequence[str]) -> Chain:
   keys = [None if a is None else (evaluators.vote(a),) for a in answers]
   for chain, key in zip(chains, keys, strict=True):
     if key is not None:
-      sums[key] = sums.get(key, 0.0) + float(sigmoid(np.float64(chain.score)))
+      sums[key] = sums.get(key, 0.0) + float(sigmoid(np.asarray(chain.score)))
   winner = max(sums, key=lambda key: sums[key], default=None)
   return chains[keys.index(winner)] if winner is not None else chains[0]
 

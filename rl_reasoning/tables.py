@@ -212,11 +212,12 @@ def plot_scale(result: Mapping[str, Any], path: epath.Path) -> None:
     x, y = [p['tokens'] for p in points], [p['accuracy'] for p in points]
     bounds = [p.get('accuracy_ci95', (p['accuracy'],) * 2) for p in points]
     bars = [[max(0.0, v - low) for v, (low, _) in zip(y, bounds)], [max(0.0, high - v) for v, (_, high) in zip(y, bounds)]]
-    style = {'linestyle': '--' if method.get('by') == 'oracle' else '-', 'marker': 'os^Dv'[index // 10 % 5]}
+    style: dict[str, Any] = {'linestyle': '--' if method.get('by') == 'oracle' else '-', 'marker': 'os^Dv'[index // 10 % 5]}
     axis.errorbar(x, y, bars, color=f'C{index % 10}', markersize=4, capsize=2, label=scale_title(name, method), **style)
     for point in points:
       axis.annotate(point['label'], (point['tokens'], point['accuracy']), (2, 3), textcoords='offset points', fontsize=6)
   axis.set_xscale('log', base=2)
+  axis.xaxis.set_major_formatter('{x:g}')
   axis.set_xlabel('tokens a problem')
   axis.set_ylabel('accuracy')
   axis.set_title('accuracy by tokens (bars: 95 %)')
