@@ -89,7 +89,7 @@ def near_duplicates(rows: Sequence[dict], threshold: float = 0.8) -> Kept:
 
   check(0 < threshold <= 1, f'near_duplicates: a similarity of {threshold} is not in (0, 1]')
   index = datasketch.MinHashLSH(num_perm=HASHES, params=bands(threshold))
-  sketches: list[Any] = []  # of the rows that are kept
+  sketches: dict[Any, Any] = {}  # of the rows that are kept, by their number
   kept, dropped = [], collections.Counter()
   for row in rows:
     some = words_of(row)
@@ -100,6 +100,6 @@ def near_duplicates(rows: Sequence[dict], threshold: float = 0.8) -> Kept:
       dropped['near duplicate'] += 1
       continue
     index.insert(len(kept), sketch)
-    sketches.append(sketch)
+    sketches[len(kept)] = sketch
     kept.append(row)
   return kept, dropped

@@ -6,6 +6,7 @@ Sequence-level distillation, on what the teacher has written and a filter has ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -161,17 +162,19 @@ class Distill:
       arrays += [batch.extras['teacher_ids'], batch.extras['teacher_logp']]
       size = min(policy.head.shape[0], model.head(frozen['teacher']).shape[0])
 
-      def divergences(logits, token, ids, p):
+      def of_buckets(logits, token, ids, p):
         return self.compare(p, losses.buckets(self.distribution(logits, size), ids), logits, token)
 
+      function: Callable[..., dict[str, Array]] = of_buckets
     else:
       outputs.append(nets['teacher'].output(frozen['teacher'], batch))
       size = min(output.head.shape[0] for output in outputs)
 
-      def divergences(logits, teacher, token):
+      def of_all(logits, teacher, token):
         return self.compare(self.distribution(teacher, size), self.distribution(logits, size), logits, token)
 
-    found: dict[str, Any] = model.over_vocabulary(divergences, batch, outputs, *arrays)
+      function = of_all
+    found: dict[str, Any] = model.over_vocabulary(function, batch, outputs, *arrays)
     own_rows, mask, weight = (batch.source_N == ROLLOUT)[:, None], batch.mask_NT, batch.weight_NT
     tokens = mask.sum()
     metrics: dict[str, Any] = {name: Mean(jnp.sum(mask * x), tokens) for name, x in found.items()}

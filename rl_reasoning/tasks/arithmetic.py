@@ -82,12 +82,12 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
   )
   check(0 <= mixing <= 1, f"config key 'data.options.mixing': {mixing} is not in [0, 1]")
   check(mixing == 0 or len(spoken) > 1, "config key 'data.options.mixing' cannot act: data.options.languages has not two to mix")
-  by_language = isinstance(sloppiness, Mapping)
+  rates = dict(sloppiness) if isinstance(sloppiness, Mapping) else dict.fromkeys(spoken or ('',), sloppiness)
   check(
-    not by_language or set(sloppiness) == set(spoken),
+    set(rates) == set(spoken or ('',)),
     f"config key 'data.options.sloppiness': {sloppiness!r} has not one number for each of data.options.languages",
   )
-  for value in sloppiness.values() if by_language else (sloppiness,):
+  for value in rates.values():
     check(0 <= value <= 1, f"config key 'data.options.sloppiness': {value} is not in [0, 1]")
 
   def propose(rng: random.Random) -> dict:
@@ -100,7 +100,7 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
     numbers, chosen = problem['numbers'], problem['operators']
     style = rng.choices(STYLES, weights)[0] if split == 'train' else 'clean'
     in_words = choose_languages(spoken, mixing, len(chosen), rng)
-    errs = [0.0 if style == 'clean' else sloppiness[name] if by_language else sloppiness for name in in_words]
+    errs = [0.0 if style == 'clean' else rates[name] for name in in_words]
     chain, result = worked(numbers, chosen, rng, errs, in_words)
     right = numbers[0]
     for operator, number in zip(chosen, numbers[1:], strict=True):
