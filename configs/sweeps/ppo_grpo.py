@@ -1,7 +1,8 @@
 """PPO and GRPO on the demo's task with the demo's rule rewards: the same bases, rollouts, updates and learning rate.
 
 Command:  python -m launch.sweep --config=configs/sweeps/ppo_grpo.py --workdir=runs/ppo_grpo --seeds=0,1,2
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores. Duration, shared: 173 s for grpo, 243 s for ppo, the base apart.
+Measured, seed 0, greedy accuracy on 500 held-out problems: base .300, grpo .812, ppo .812. See docs/results/ppo_grpo.json.
 
 PPO has a critic of its own, of the policy's size, born with a random head: it costs a second forward and backward pass an update.
 """
