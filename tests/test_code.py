@@ -201,14 +201,18 @@ def test_humaneval_references():
   assert rewards_of(some, wrong, 'code_binary') == [0.0] * 41
 
 
+@pytest.fixture
+def patient(monkeypatch):
+  """One of MBPP's references takes seconds: on a slow and busy machine more than its limits. Those have tests of their own."""
+  monkeypatch.setattr(code, 'LIMITS', tuple('--cpu=60' if limit == '--cpu=5' else limit for limit in code.LIMITS))
+  monkeypatch.setitem(code.run.__kwdefaults__, 'timeout', 60.0)
+
+
 @sandboxed
 @has_mbpp
 @pytest.mark.parametrize('sanitized', [False, True], ids=['full', 'sanitized'])
-def test_mbpp_references(sanitized, monkeypatch):
+def test_mbpp_references(sanitized, patient):
   """Failure: a reference fails through the proxy (objects as arguments, set-up code, builtins as arguments, modules): no exceptions."""
-  # One of them takes seconds: on a slow and busy machine more than its limits. Those have tests of their own.
-  monkeypatch.setattr(code, 'LIMITS', tuple('--cpu=60' if limit == '--cpu=5' else limit for limit in code.LIMITS))
-  monkeypatch.setitem(code.run.__kwdefaults__, 'timeout', 60.0)
   file = MBPP / ('sanitized-mbpp.json' if sanitized else 'mbpp.jsonl')
   rows = [TASKS['mbpp'].convert(row, place) for place, row in dataset.read(file)]
   assert len(rows) == (427 if sanitized else 974)
@@ -815,7 +819,7 @@ def test_humaneval_task(tmp_path):
 
 @has_mbpp
 @pytest.mark.parametrize(('sanitized', 'train', 'test'), [(False, 371, 500), (True, 120, 257)])
-def test_mbpp_task(sanitized, train, test):
+def test_mbpp_task(sanitized, train, test, patient):
   """Failure: a split is not the published one, a test problem is trained on, or the prompt does not name the function."""
   rows = {split: list(TASKS['mbpp'].rows(split, 0, None, str(MBPP), sanitized=sanitized)) for split in ('train', 'test')}
   assert {split: len(found) for split, found in rows.items()} == {'train': train, 'test': test}
