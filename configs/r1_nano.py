@@ -5,7 +5,7 @@ Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_n
             --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,
             8 samples/length"  (in one line)
             --compare=rl1_eval:rl1_free_eval,student_distilled_eval:student_rl_eval
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
 <think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian

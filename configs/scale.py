@@ -1,7 +1,7 @@
 """Accuracy against tokens at nano scale: every method of rl_reasoning.inference on a run of configs/demo.py.
 
 Command:  python -m rl_reasoning.generate scale --config=configs/scale.py --checkpoint=runs/demo/base --workdir=runs/scale
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores. Not run to its end yet: no numbers.
 
 The methods that go by reward models join where there are some, trained on the base's own samples by the other stage of this file:
   python -m rl_reasoning.pipeline --config=configs/scale.py:stage=models,base=runs/demo/base --workdir=runs/scale_models

@@ -37,6 +37,7 @@ LONGEST_TIMEOUT = 86400.0  # sockets take no infinity
 LONGEST_BACKOFF = 60.0  # seconds
 LONGEST_WAIT = 600.0  # an endpoint that asks for a longer pause (Retry-After) ends the call
 MOST_FAILURES = 20  # in a row: then the fault is not with single requests
+OWN_OPTIONS = frozenset({'model', 'messages', 'stream', 'n'})  # of a request: set here, and by no config
 MOST_SPOILT = 4  # replies without an answer, and no error, to one request: each may cost what an answer costs
 TEMPLATE_TOKENS = 256  # what a server's chat template may add to a prompt, in a budget's upper bound
 

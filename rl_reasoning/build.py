@@ -29,6 +29,7 @@ from rl_reasoning.config import (
   digest,
   flatten,
   from_mapping,
+  one_line,
   plain,
   reward_roles,
 )
@@ -163,7 +164,7 @@ def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
     tok = tokenizer.load(role.tokenizer)
     tokenizer.render_prompt('', role.template, tok)
   except Exception as error:  # a missing file, a damaged one, a template that fails: transformers raises all kinds
-    raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {' '.join(str(error).split())[:600]}") from error
+    raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {one_line(error)}") from error
   check(tok.vocab_size <= arch.vocab_size,
         f'the tokenizer {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
   return tok
@@ -180,7 +181,7 @@ def check_teacher(teacher: Teacher, arch: Arch, tok: tokenizer.Tokenizer, own: s
   try:
     theirs, ours = tokenizer.load(teacher.tokenizer).vocabulary(), tok.vocabulary()
   except Exception as error:  # transformers raises all kinds
-    raise ConfigError(f'{key}: {teacher.tokenizer!r}: {" ".join(str(error).split())[:600]}') from error
+    raise ConfigError(f'{key}: {teacher.tokenizer!r}: {one_line(error)}') from error
   other = sorted({*ours.items()} ^ {*theirs.items()}, key=lambda item: item[1])
   check(not other, f"{key}: {teacher.tokenizer!r} has other tokens than the policy's {own!r}, the first one with id "
         f'{other and other[0][1]}; where they mean the same, name the policy\'s here, too')  # fmt: skip

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rl_reasoning.config import Checkpoint, ConfigError, check, digest
+from rl_reasoning.config import Checkpoint, ConfigError, check, digest, one_line
 from rl_reasoning.structs import PyTree, TrainState
 
 logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax tells of every save, and logs the traceback of what it raises
@@ -87,7 +87,7 @@ def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -
     parts, position = {name: found[name] for name in wanted}, found['position']
     expected, seal = position['fingerprint'], position.pop('digest')
   except Exception as error:  # orbax and tensorstore raise many kinds
-    reason = ' '.join(str(error).split())[:600]
+    reason = one_line(error)
     raise ConfigError(f'checkpoint {folder} cannot be read (delete the folder to go back to an older one): {reason}') from error
   check(digest(position) == seal, f'checkpoint {folder}: position is damaged: its contents are not what was saved')
   for name, part in parts.items():
@@ -119,7 +119,7 @@ def open_item(workdir: str, item: str) -> tuple[ocp.CheckpointManager, int, dict
   try:
     return manager, step, dict(manager.item_metadata(step)[item] or {})
   except Exception as error:
-    raise ConfigError(f'{workdir}/checkpoints/{step} cannot be read: {" ".join(str(error).split())[:600]}') from error
+    raise ConfigError(f'{workdir}/checkpoints/{step} cannot be read: {one_line(error)}') from error
 
 
 def on_one_device(tree: PyTree) -> PyTree:

@@ -35,6 +35,17 @@ def check(condition: bool, message: str) -> None:
     raise ConfigError(message)
 
 
+def check_file_name(key: str, name: str, longest: int) -> None:
+  """Raises ConfigError for a name, of the config key, that cannot be that of a file; `longest` in bytes."""
+  good = bool(name) and name[0] != '.' and not set(name) & set('/\\\0') and len(name.encode()) <= longest
+  check(good, f'config key {key!r}: the name is that of a file, too')
+
+
+def one_line(error: object) -> str:
+  """What other libraries say in many lines, as part of an error of one."""
+  return ' '.join(str(error).split())[:600]
+
+
 class Parser(argparse.ArgumentParser):
   """A command line whose mistakes are ConfigErrors: one line, without the usage, which --help shows."""
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from rl_reasoning import api
 from rl_reasoning.config import check
-from rl_reasoning.data_kept import keep_of, mean, verdicts
+from rl_reasoning.data_kept import kept_and_counted, verdicts
 from rl_reasoning.data_settings import Api, Job, price_of
 from rl_reasoning.tokenizer import split_thinking
 from rl_reasoning.verify.math import answer_elements
@@ -115,12 +115,9 @@ class Teacher:
       })  # fmt: skip
     for sample, verdict in zip(samples, verdicts([rows[s['problem']] for s in samples], said), strict=True):
       sample['accuracy'] = verdict
-    dropped: collections.Counter[str] = collections.Counter()
-    made, kept, _ = keep_of(rows, samples, g.keep, g, dropped)
+    made, counts = kept_and_counted(rows, samples, g)
     return made, {
-      'prompts': len(rows), 'samples': len(samples), 'kept': len(kept), 'dropped': dropped,
-      'without_verdict': sum(s['accuracy'] is None for s in kept),
-      'accuracy': {'all': mean(samples, 'accuracy'), 'kept': mean(kept, 'accuracy')},
+      **counts,
       'not_asked': outcomes.count(None), 'failed': failures.total(), 'failures': dict(failures), 'budget_ended_by': ended_by,
       **used._asdict(), 'cost': self.budget.cost_of(used),
     }  # fmt: skip

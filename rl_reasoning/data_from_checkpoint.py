@@ -16,7 +16,7 @@ from rl_reasoning import build, checkpoint, config as config_lib, data, evaluate
 from rl_reasoning.config import Rewards, check
 from rl_reasoning.data_kept import keep_of, mean, others
 from rl_reasoning.data_settings import BY_VERDICT, Generate, Job
-from rl_reasoning.rewards import REWARDS, as_given, columns_of
+from rl_reasoning.rewards import REWARDS, any_gold, as_given, columns_of
 from rl_reasoning.structs import PyTree
 
 
@@ -131,9 +131,7 @@ class Checkpoint:
     self.job, self.path = job, job.config.roles.policy.init
     self.run, self.params, self.frozen = evaluate.open_run(job.config, self.path)
     check(self.run.speaks, f"config key 'roles.policy.init': {self.path} is a reward model: it has no head for text")
-    g, devices = job.generate, sharding.axis_size(self.run.mesh, 'rows')
-    check(g.batch_size % devices == 0, f"config key 'generate.batch_size': {g.batch_size} does not divide over the {devices} row shards of "
-          f'mesh {dict(self.run.mesh.shape)}')  # fmt: skip
+    sharding.check_rows('generate.batch_size', job.generate.batch_size, self.run.mesh)
     self.config = self.run.config
     fingerprint = int(checkpoint.fingerprint(self.params))
     self.told, self.about = {'checkpoint': self.path, 'fingerprint': fingerprint}, {'fingerprint': fingerprint}
@@ -142,8 +140,7 @@ class Checkpoint:
     config, g = self.config, self.job.generate
     # Too long a prompt is told now, under its own key.
     data.encode_prompts(rows, self.run.tokenizer, config.roles.policy.template, config.data.max_prompt_length)
-    found = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in rows)
-    gold = g.keep not in BY_VERDICT or any(verdict is not None for verdict in found)
+    gold = g.keep not in BY_VERDICT or any_gold(rows)
     check(gold, f"config key 'generate.keep': {g.keep!r} goes by verdicts, and no problem has a gold answer that can be checked")
 
   def make(self, rows: Sequence[dict], folder: epath.Path) -> tuple[list[dict], dict[str, Any]]:

@@ -5,7 +5,6 @@ The tasks are those whose rows have chain_of_thought and completion: reasoning_s
 
 from __future__ import annotations
 
-import collections
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from rl_reasoning.config import check
-from rl_reasoning.data_kept import keep_of, mean, verdicts
+from rl_reasoning.data_kept import kept_and_counted, verdicts
 from rl_reasoning.data_settings import Generate, Job
 from rl_reasoning.tokenizer import render_completion
 
@@ -45,10 +44,4 @@ class Published:
         'problem': places[key], 'prompt': '', 'completion': render_completion(row), 'truncated': False, 'reward': None,
         'accuracy': verdict,
       })  # fmt: skip
-    dropped: collections.Counter[str] = collections.Counter()
-    made, kept, _ = keep_of(asked, samples, self.generate.keep, self.generate, dropped)
-    return made, {
-      'prompts': len(asked), 'samples': len(samples), 'kept': len(kept), 'dropped': dropped,
-      'without_verdict': sum(s['accuracy'] is None for s in kept),
-      'accuracy': {'all': mean(samples, 'accuracy'), 'kept': mean(kept, 'accuracy')},
-    }  # fmt: skip
+    return kept_and_counted(asked, samples, self.generate)

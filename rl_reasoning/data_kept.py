@@ -45,11 +45,15 @@ def judged(samples: list[dict], dropped: collections.Counter, key: str) -> list[
   return sift(samples, dropped, f'no {key}', lambda s: s[key] is not None)
 
 
+def at_least(reward: float, least: float) -> bool:
+  """Rewards are sums in float32: 0.7 of a config is above 0.7 of a reward."""
+  return reward >= least - 1e-6 * max(1.0, abs(least))
+
+
 def worth(samples: list[dict], dropped: collections.Counter, least: float | None) -> list[dict]:
   if least is None:
     return samples
-  least -= 1e-6 * max(1.0, abs(least))  # rewards are sums in float32: 0.7 of a config is above 0.7 of a reward
-  return sift(samples, dropped, 'below min_reward', lambda s: s['reward'] is not None and s['reward'] >= least)
+  return sift(samples, dropped, 'below min_reward', lambda s: s['reward'] is not None and at_least(s['reward'], least))
 
 
 def others(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +169,17 @@ def keep_of(
 def mean(samples: Sequence[Mapping[str, Any]], key: str) -> float | None:
   values = [s[key] for s in samples if s[key] is not None]
   return sum(values) / len(values) if values else None
+
+
+def kept_and_counted(rows: Sequence[dict], samples: Sequence[dict], g: Generate) -> tuple[list[dict], dict[str, Any]]:
+  """(rows of `generate.keep`, counts), of samples that no checkpoint of ours gave."""
+  dropped: collections.Counter[str] = collections.Counter()
+  made, kept, _ = keep_of(rows, samples, g.keep, g, dropped)
+  return made, {
+    'prompts': len(rows), 'samples': len(samples), 'kept': len(kept), 'dropped': dropped,
+    'without_verdict': sum(s['accuracy'] is None for s in kept),
+    'accuracy': {'all': mean(samples, 'accuracy'), 'kept': mean(kept, 'accuracy')},
+  }  # fmt: skip
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> list[float | None]:

@@ -136,7 +136,7 @@ def check_api(a: Api, num_samples: int) -> None:
   for field in ('url', 'model'):
     check(bool(getattr(a, field)), f"config key 'generate.api.{field}' is empty")
   check('{prompt}' in a.template, f"config key 'generate.api.template': {a.template!r} has no {{prompt}}")
-  taken = sorted({'model', 'messages', 'stream', 'n'} & a.options.keys())
+  taken = sorted(api.OWN_OPTIONS & a.options.keys())
   check(not taken, f"config key 'generate.api.options': {', '.join(taken)} cannot be set here")
   greedy = a.options.get('temperature') == 0
   check(

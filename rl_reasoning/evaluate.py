@@ -128,9 +128,7 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
   check(bool(config.eval.evaluators), "config key 'eval.evaluators' is empty: nothing to evaluate, try {'greedy': {}}")
   chosen = evaluators.make_evaluators(config.eval.evaluators)
   run, params, frozen = open_run(config, source)
-  devices = sharding.axis_size(run.mesh, 'rows')
-  check(config.eval.batch_size % devices == 0, f"config key 'eval.batch_size': {config.eval.batch_size} does not divide over the {devices} "
-        f'row shards of mesh {dict(run.mesh.shape)}')  # fmt: skip
+  sharding.check_rows('eval.batch_size', config.eval.batch_size, run.mesh)
   folder, settings = epath.Path(workdir), settings_of(run.config)
   fingerprint = int(checkpoint.fingerprint(params))
   with jax.set_mesh(run.mesh):

@@ -28,7 +28,7 @@ from etils import epath
 from rl_reasoning import build, checkpoint, collect, data, metrics, model, ranking_evaluator, rewards, rollout, sharding, verify
 from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
-from rl_reasoning.config import Config, Data, Rollout, check, digest, from_mapping, to_dict
+from rl_reasoning.config import Config, Data, Rollout, check, check_file_name, digest, from_mapping, to_dict
 from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
 from rl_reasoning.objectives.preference import Preference
 from rl_reasoning.ranking_evaluator import RankingEvaluator
@@ -67,8 +67,7 @@ def make_evaluators(settings: Mapping[str, Any]) -> dict[str, Evaluator | Rankin
   evaluators: dict[str, Evaluator | RankingEvaluator] = {}
   for name, options in settings.items():
     key = f'eval.evaluators.{name}'
-    named = bool(name) and name[0] != '.' and not set(name) & set('/\\\0') and len(name.encode()) <= 200
-    check(named, f'config key {key!r}: the name is that of a file, too')
+    check_file_name(key, name, 200)
     check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
     kind, options = options.get('kind', 'sampled'), {k: v for k, v in options.items() if k != 'kind'}
     check(kind in KINDS, f"config key '{key}.kind': {kind!r} is none of {', '.join(KINDS)}")
@@ -148,8 +147,7 @@ def check_problems(
     if evaluator.kl_to:
       build.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch)
     encode_problems(run, problems[name], name, evaluator)
-    verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in problems[name])
-    gold = worth or any(verdict is not None for verdict in verdicts)
+    gold = worth or rewards.any_gold(problems[name])
     task = evaluator.task or run.config.data.task
     check(gold, f'eval.evaluators.{name}: no problem of data.task {task!r} has a gold answer that can be checked')
 

@@ -31,7 +31,8 @@ from typing import Any
 from etils import epath
 
 from rl_reasoning import data, tokenizer, train
-from rl_reasoning.config import ConfigError, check, coerce, to_dict
+from rl_reasoning.config import ConfigError, check, coerce, one_line, to_dict
+from rl_reasoning.data_kept import at_least
 from rl_reasoning.tasks import dataset
 from rl_reasoning.verify.math import extract_answer
 from rl_reasoning.verify.text import LANGUAGES, RUN, TAG, chain_of_thought, language_share, prose, repeated_share
@@ -122,7 +123,7 @@ def load_tokenizer(name: str) -> tokenizer.Tokenizer:
   try:
     return tokenizer.load(name)
   except Exception as error:  # transformers raises all kinds
-    raise ConfigError(f'filter length: tokenizer {name!r}: {" ".join(str(error).split())[:600]}') from error
+    raise ConfigError(f'filter length: tokenizer {name!r}: {one_line(error)}') from error
 
 
 def repetition(*, ngram_size: int = 20, most: float = 0.2) -> Callable[[Row], str]:
@@ -159,11 +160,10 @@ def code_blocks() -> Callable[[Row], str]:
 
 def reward(*, least: float) -> Callable[[Row], str]:
   """Only rows whose column `reward` (datagen writes it) is at least that."""
-  limit = least - 1e-6 * max(1.0, abs(least))  # rewards are sums in float32: 0.7 of a config is above 0.7 of a reward
 
   def why(row: Row) -> str:
     value = row.get('reward')
-    return 'none' if value is None else 'too low' if value < limit else ''
+    return 'none' if value is None else '' if at_least(value, least) else 'too low'
 
   return why
 

@@ -63,7 +63,7 @@ from rl_reasoning.inference_methods import (
   by,
   make_methods,
 )
-from rl_reasoning.rewards import REWARDS, columns_of
+from rl_reasoning.rewards import any_gold
 from rl_reasoning.rounds import Chain, Source
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tokenizer import THINK_INSTRUCTION, Tokenizer, from_thinking, render_completion, render_prompt
@@ -83,6 +83,10 @@ class Job(NamedTuple):
   methods: dict[str, Method]
 
 
+def keys_read(methods: Mapping[str, Method]) -> tuple[str, ...]:
+  return READ + (EXAMPLES if any(isinstance(m, FewShot) for m in methods.values()) else ())
+
+
 def resolve(settings: Mapping[str, Any]) -> Job:
   """Raises ConfigError naming the key that is wrong or cannot act."""
   check('scale' in settings, "config section 'scale' is missing: it names the methods")
@@ -93,7 +97,7 @@ def resolve(settings: Mapping[str, Any]) -> Job:
   methods = make_methods(settings['scale'], models)
   idle = sorted({*models} - {by(method) for method in methods.values()})
   check(not idle, f"config key 'roles.reward.{', '.join(idle)}' cannot act: no method of scale goes by it")
-  read = READ + (EXAMPLES if any(isinstance(m, FewShot) for m in methods.values()) else ())
+  read = keys_read(methods)
   dead = sorted(key for key in keys_set if not evaluate.begins(key, read))
   check('roles.policy.init' not in dead, "config key 'roles.policy.init' cannot act here: --checkpoint stands for it")
   check(not dead, 'config keys that cannot act beside a section scale:\n  ' + '\n  '.join(map(repr, dead)))
@@ -257,11 +261,9 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
   models, frozen = build.load_reward_models(wanted, run.mesh, process=True)
   config = dataclasses.replace(run.config, roles=dataclasses.replace(run.config.roles, reward=wanted.roles.reward))
   run = run._replace(config=config, reward_models=models)
-  devices, size = sharding.axis_size(run.mesh, 'rows'), config.eval.batch_size
-  check(size % devices == 0, f"config key 'eval.batch_size': {size} does not divide over the {devices} row shards of mesh "
-        f'{dict(run.mesh.shape)}')  # fmt: skip
+  sharding.check_rows('eval.batch_size', config.eval.batch_size, run.mesh)
   flat = config_lib.flatten(config_lib.to_dict(config))
-  read = READ + (EXAMPLES if any(isinstance(m, FewShot) for m in methods.values()) else ())
+  read = keys_read(methods)
   settings = {k: v for k, v in flat.items() if evaluate.begins(k, read) and not evaluate.begins(k, evaluate.ELSEWHERE)}
   settings |= {f'scale.{name}': dataclasses.asdict(method) for name, method in methods.items()}
   with jax.set_mesh(run.mesh):
@@ -269,8 +271,7 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
     bench = Bench(run, params, frozen, rows, examples_of(config, methods), int(checkpoint.fingerprint(params)), folder)
     for name, method in methods.items():
       check_method(bench, name, method)
-    verdicts = (REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] for row in rows)
-    check(any(v is not None for v in verdicts), 'no problem of the task has a gold answer that can be checked')
+    check(any_gold(rows), 'no problem of the task has a gold answer that can be checked')
     check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
     about = {'checkpoint': source, 'fingerprint': bench.fingerprint, 'config': settings}
     evaluate.open_workdir(folder, FILES, about, 'the curves of another config', overwrite)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from rl_reasoning import evaluators, rounds
-from rl_reasoning.config import Config, check, digest, from_mapping
+from rl_reasoning.config import Config, check, check_file_name, digest, from_mapping
 from rl_reasoning.estimates import best_at_k, maj_at_k, pass_at_k, weighted_maj_at_k
 from rl_reasoning.rank_metrics import sigmoid
 from rl_reasoning.rounds import Chain, Source
@@ -266,8 +266,7 @@ def make_methods(settings: Mapping[str, Any], models: Sequence[str]) -> dict[str
   check(bool(settings), "config section 'scale' is empty: it says how tokens are spent, try {'voting': {'method': 'vote'}}")
   for name, options in settings.items():
     key = f'scale.{name}'
-    named = bool(name) and name[0] != '.' and not set(name) & set('/\\\0') and len(name.encode()) <= 150
-    check(named, f'config key {key!r}: the name is that of a file, too')
+    check_file_name(key, name, 150)
     check(isinstance(options, Mapping), f'config key {key!r}: {options!r} is not a mapping')
     kind = options.get('method')
     check(kind in METHODS, f"config key '{key}.method': {kind!r} is none of {', '.join(METHODS)}")

@@ -272,7 +272,7 @@ def read_options(text: str) -> dict[str, Any]:
   except ValueError as error:
     raise ConfigError(f'--options: not JSON: {error}') from None
   check(isinstance(found, dict), '--options: not a JSON object')
-  taken = sorted({'model', 'messages', 'stream', 'n'} & found.keys())
+  taken = sorted(api.OWN_OPTIONS & found.keys())
   check(not taken, f'--options: {", ".join(taken)} cannot be set here')
   return found
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rl_reasoning.config import ConfigError, Optim, check
+from rl_reasoning.config import ConfigError, Optim, check, one_line
 from rl_reasoning.structs import PyTree
 
 
@@ -69,5 +69,5 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
     jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
   except Exception as error:  # an option of a wrong type shows only when it is used
     text = f"config section 'optim': optax.{optim.name} with {dict(optim.options)} makes no update: {error}"
-    raise ConfigError(' '.join(text.split())[:600]) from error
+    raise ConfigError(one_line(text)) from error
   return optimizer, schedule

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from rl_reasoning import model, sharding, tokenizer, weights
 from rl_reasoning.advantages import EPSILON
-from rl_reasoning.config import Combination, ConfigError, Reward, check
+from rl_reasoning.config import Combination, ConfigError, Reward, check, one_line
 from rl_reasoning.data import pad_rows
 from rl_reasoning.model import Arch
 from rl_reasoning.structs import Array, Batch, PyTree
@@ -77,7 +77,7 @@ def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str, process:
   try:
     tok = tokenizer.load(role.tokenizer)
   except Exception as error:  # transformers raises all kinds
-    reason = ' '.join(str(error).split())[:600]
+    reason = one_line(error)
     raise ConfigError(f'{key}: the reward model has no tokenizer at {role.tokenizer!r}: {reason}') from error
   fits = tok.vocab_size <= arch.vocab_size
   check(fits, f'{key}: {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')
@@ -87,7 +87,7 @@ def make(name: str, role: Reward, arch: Arch, shift: float, dtype: str, process:
   except ConfigError:
     raise
   except Exception as error:  # a chat template that is missing or fails
-    reason = ' '.join(str(error).split())[:600]
+    reason = one_line(error)
     raise ConfigError(f"config key 'roles.reward.{name}.template': {role.template!r}: {reason}") from error
   return made
 

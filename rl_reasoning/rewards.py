@@ -50,6 +50,11 @@ def columns_of(rows: Sequence[dict]) -> dict[str, list]:
   return {k: [row.get(k) for row in rows] for k in set().union(*rows) - {'prompt'}}
 
 
+def any_gold(rows: Sequence[dict]) -> bool:
+  """Whether any of the problems has a gold answer that can be checked."""
+  return any(REWARDS['accuracy_flexible']([''], [''], [[]], **columns_of([row]))[0] is not None for row in rows)
+
+
 def as_given(prompt: Any, rendered: str, text: str) -> tuple[Any, Any]:
   """(prompt, completion) as reward functions get them: texts, or chat messages where the prompt is a list of them (TRL's rule)."""
   if isinstance(prompt, str):

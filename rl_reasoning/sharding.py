@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rl_reasoning.config import check
 from rl_reasoning.structs import Array, PyTree
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -45,6 +46,14 @@ def axis_size(mesh: Mesh, axis: str) -> int:
   """Devices over which a logical axis is split."""
   rule = RULES[axis] or ()
   return math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule))
+
+
+def check_rows(key: str, count: int, mesh: Mesh) -> None:
+  """Raises ConfigError for a batch size, of the config key, that does not divide over the mesh."""
+  devices = axis_size(mesh, 'rows')
+  check(
+    count % devices == 0, f'config key {key!r}: {count} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}'
+  )
 
 
 def named(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> NamedSharding:

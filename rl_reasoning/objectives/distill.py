@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rl_reasoning import losses, model
 from rl_reasoning.advantages import AGGREGATIONS
+from rl_reasoning.objectives.keys import check_key
 from rl_reasoning.objectives.rollout_metrics import length_metrics, rollout_rows
 from rl_reasoning.structs import ROLLOUT, Array, Batch, Mean, Sum
 
@@ -44,20 +45,16 @@ class Distill:
   max_refills: ClassVar = 0
 
   def __post_init__(self):
-    def check(condition: bool, key: str, message: str):
-      if not condition:
-        raise ValueError(f'config key {"objective." + key!r}: {message}')
-
     G, share = self.num_generations, self.on_policy_fraction
-    check(0 <= self.jsd_beta <= 1, 'jsd_beta', f'{self.jsd_beta} is not in [0, 1]')
-    check(G >= 1, 'num_generations', f'{G} must be at least 1')
-    check(0 <= share <= 1, 'on_policy_fraction', f'{share} is not in [0, 1]')
-    check(abs(share * G - self.own) < 1e-6, 'on_policy_fraction',
-          f'{share} of objective.num_generations = {G} rows a prompt are {share * G:g}, not a number of rows')  # fmt: skip
-    check(self.temperature > 0, 'temperature', f'{self.temperature} must be positive')
-    check(self.teacher_top_k >= 0, 'teacher_top_k', f'{self.teacher_top_k} must not be negative')
-    check(self.aggregation in AGGREGATIONS, 'aggregation', f'{self.aggregation!r} is none of {", ".join(AGGREGATIONS)}')
-    check(
+    check_key(0 <= self.jsd_beta <= 1, 'jsd_beta', f'{self.jsd_beta} is not in [0, 1]')
+    check_key(G >= 1, 'num_generations', f'{G} must be at least 1')
+    check_key(0 <= share <= 1, 'on_policy_fraction', f'{share} is not in [0, 1]')
+    check_key(abs(share * G - self.own) < 1e-6, 'on_policy_fraction',
+              f'{share} of objective.num_generations = {G} rows a prompt are {share * G:g}, not a number of rows')  # fmt: skip
+    check_key(self.temperature > 0, 'temperature', f'{self.temperature} must be positive')
+    check_key(self.teacher_top_k >= 0, 'teacher_top_k', f'{self.teacher_top_k} must not be negative')
+    check_key(self.aggregation in AGGREGATIONS, 'aggregation', f'{self.aggregation!r} is none of {", ".join(AGGREGATIONS)}')
+    check_key(
       self.own == G or self.aggregation != 'fixed_length',
       'aggregation',
       "fixed_length divides by the rollout's limit, which rows from data do not have",

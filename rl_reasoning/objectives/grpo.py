@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
+from rl_reasoning.objectives.keys import check_key
 from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import Batch, Max, Mean, Sum
@@ -93,35 +94,31 @@ class Grpo(Reference):
   rows_together: ClassVar = 1
 
   def __post_init__(self):
-    def check(condition: bool, key: str, message: str):
-      if not condition:
-        raise ValueError(f'config key {"objective." + key!r}: {message}')
-
     for key, choices in CHOICES.items():
-      check(getattr(self, key) in choices, key, f'{getattr(self, key)!r} is none of {", ".join(choices)}')
+      check_key(getattr(self, key) in choices, key, f'{getattr(self, key)!r} is none of {", ".join(choices)}')
     for key in ('num_generations', 'num_iterations', 'num_minibatches', 'ref_model_sync_updates', 'max_refills'):
       value = getattr(self, key)
-      check(value is None or value >= 1, key, f'{value} must be at least 1')
+      check_key(value is None or value >= 1, key, f'{value} must be at least 1')
     for key in ('epsilon', 'epsilon_high', 'cispo_cap', 'tis_cap', 'entropy_coef_step', 'entropy_coef_max'):
       value = getattr(self, key)
-      check(value is None or value > 0, key, f'{value} must be positive')
+      check_key(value is None or value > 0, key, f'{value} must be positive')
     for key in ('beta', 'entropy_coef', 'entropy_target'):
       value = getattr(self, key)
-      check(value is None or value >= 0, key, f'{value} must not be negative')
-    check(self.num_generations > 1, 'num_generations', 'a group of one has no baseline: use 2 or more')
+      check_key(value is None or value >= 0, key, f'{value} must not be negative')
+    check_key(self.num_generations > 1, 'num_generations', 'a group of one has no baseline: use 2 or more')
     high = self.high
-    check(self.delta is None or self.delta > 1 + high, 'delta', f'{self.delta} must be above 1 + epsilon_high = {1 + high}')
+    check_key(self.delta is None or self.delta > 1 + high, 'delta', f'{self.delta} must be above 1 + epsilon_high = {1 + high}')
     ema = self.ref_model_ema
-    check(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
-    check(
+    check_key(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
+    check_key(
       self.kl_estimator != 'k1' or self.kl_in == 'reward' or not self.beta,
       'kl_estimator',
       'k1 in a loss has zero expected gradient; use k2 or k3, or kl_in reward',
     )
     updates = self.num_iterations * self.num_minibatches
     key = 'num_minibatches' if self.num_minibatches > 1 else 'num_iterations'
-    check(self.surrogate != 'reinforce' or updates == 1, key, 'REINFORCE makes one update a rollout: it has no ratio')
-    check(
+    check_key(self.surrogate != 'reinforce' or updates == 1, key, 'REINFORCE makes one update a rollout: it has no ratio')
+    check_key(
       not self.adaptive or self.entropy_coef <= self.entropy_coef_max,
       'entropy_coef',
       f'{self.entropy_coef} is above entropy_coef_max',
@@ -130,19 +127,19 @@ class Grpo(Reference):
     if buffer == 0:
       buffer = max(1, limit // 5)
       object.__setattr__(self, 'overlong_buffer', buffer)
-    check(
+    check_key(
       buffer is None or 0 < buffer <= limit, 'overlong_buffer', f'{buffer} is not within rollout.max_completion_length {limit}'
     )
-    check(
+    check_key(
       buffer is None or 'overlong' not in self.given.reward_names,
       'overlong_buffer',
       "the reward function 'overlong' is set too: the penalty would count twice",
     )
     if self.multi_objective_aggregation == 'normalize_then_sum':
       key = 'multi_objective_aggregation'
-      check(self.advantage_estimator == 'group', key, 'normalize_then_sum is for advantage_estimator group')
-      check(buffer is None, key, 'normalize_then_sum has no place for overlong_buffer: use the reward function overlong')
-      check(self.kl_in == 'loss' or not self.beta, key, 'normalize_then_sum has no place for a KL in the reward')
+      check_key(self.advantage_estimator == 'group', key, 'normalize_then_sum is for advantage_estimator group')
+      check_key(buffer is None, key, 'normalize_then_sum has no place for overlong_buffer: use the reward function overlong')
+      check_key(self.kl_in == 'loss' or not self.beta, key, 'normalize_then_sum has no place for a KL in the reward')
 
   @property
   def high(self) -> float:

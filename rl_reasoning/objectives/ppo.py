@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rl_reasoning import advantages, losses
 from rl_reasoning.config import check
 from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.objectives.keys import check_key
 from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics, rollout_rows
 from rl_reasoning.structs import ROLLOUT, Array, Batch, Max, Mean, Sum
@@ -71,28 +72,24 @@ class Ppo(Reference):
   max_refills: ClassVar = 0
 
   def __post_init__(self):
-    def check(condition: bool, key: str, message: str):
-      if not condition:
-        raise ValueError(f'config key {"objective." + key!r}: {message}')
-
     for key, choices in CHOICES.items():
-      check(getattr(self, key) in choices, key, f'{getattr(self, key)!r} is none of {", ".join(choices)}')
+      check_key(getattr(self, key) in choices, key, f'{getattr(self, key)!r} is none of {", ".join(choices)}')
     for key in ('num_generations', 'num_iterations', 'num_minibatches', 'ref_model_sync_updates', 'kl_horizon', 'ptx_rows'):
       value = getattr(self, key)
-      check(value is None or value >= 1, key, f'{value} must be at least 1')
+      check_key(value is None or value >= 1, key, f'{value} must be at least 1')
     for key in ('cliprange', 'cliprange_value', 'vf_coef', 'tis_cap', 'kl_target', 'score_clip'):
       value = getattr(self, key)
-      check(value is None or value > 0, key, f'{value} must be positive')
+      check_key(value is None or value > 0, key, f'{value} must be positive')
     for key in ('kl_coef', 'missing_eos_penalty', 'entropy_coef', 'ptx_coef'):
       value = getattr(self, key)
-      check(value is None or value >= 0, key, f'{value} must not be negative')
-    check(0 < self.gamma <= 1, 'gamma', f'{self.gamma} is not in (0, 1]')
-    check(0 <= self.lam <= 1, 'lam', f'{self.lam} is not in [0, 1]')
+      check_key(value is None or value >= 0, key, f'{value} must not be negative')
+    check_key(0 < self.gamma <= 1, 'gamma', f'{self.gamma} is not in (0, 1]')
+    check_key(0 <= self.lam <= 1, 'lam', f'{self.lam} is not in [0, 1]')
     top = 1 + self.cliprange
-    check(self.delta is None or self.delta > top, 'delta', f'{self.delta} must be above 1 + cliprange = {top}')
+    check_key(self.delta is None or self.delta > top, 'delta', f'{self.delta} must be above 1 + cliprange = {top}')
     ema = self.ref_model_ema
-    check(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
-    check(
+    check_key(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
+    check_key(
       not self.ptx_coef or self.aggregation != 'fixed_length',
       'aggregation',
       "fixed_length divides by the rollout's limit, which the rows of ptx_coef do not have",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rl_reasoning import advantages, losses
 from rl_reasoning.objectives.grpo import Given
+from rl_reasoning.objectives.keys import check_key
 from rl_reasoning.objectives.reference import Reference
 from rl_reasoning.objectives.rollout_metrics import rollout_metrics
 from rl_reasoning.structs import Array, Batch, Mean
@@ -64,23 +65,19 @@ class Preference(Reference):
   max_refills: ClassVar = 0
 
   def __post_init__(self):
-    def check(condition: bool, key: str, message: str):
-      if not condition:
-        raise ValueError(f'config key {"objective." + key!r}: {message}')
-
-    check(self.loss_type in LOSS_TYPES, 'loss_type', f'{self.loss_type!r} is none of {", ".join(LOSS_TYPES)}')
+    check_key(self.loss_type in LOSS_TYPES, 'loss_type', f'{self.loss_type!r} is none of {", ".join(LOSS_TYPES)}')
     for key in ('beta', 'orpo_lambda', 'kto_desirable', 'kto_undesirable', 'cpl_alpha'):
-      check(getattr(self, key) > 0, key, f'{getattr(self, key)} must be positive')
+      check_key(getattr(self, key) > 0, key, f'{getattr(self, key)} must be positive')
     for key in ('rpo_alpha', 'simpo_gamma'):
-      check(getattr(self, key) >= 0, key, f'{getattr(self, key)} must not be negative')
+      check_key(getattr(self, key) >= 0, key, f'{getattr(self, key)} must not be negative')
     for key in ('cpl_gamma', 'cpl_lambda'):
-      check(0 < getattr(self, key) <= 1, key, f'{getattr(self, key)} is not in (0, 1]')
+      check_key(0 < getattr(self, key) <= 1, key, f'{getattr(self, key)} is not in (0, 1]')
     e, K, every, ema = self.label_smoothing, self.num_generations, self.ref_model_sync_updates, self.ref_model_ema
-    check(0 <= e < 0.5, 'label_smoothing', f'{e} is not in [0, 0.5): from 0.5 on, labels say nothing or the opposite')
-    check(K is None or K >= 2, 'num_generations', f'{K} must be at least 2: fewer make no pair')
-    check(K is None or self.paired, 'num_generations', 'kto learns from unpaired data')
-    check(every is None or every >= 1, 'ref_model_sync_updates', f'{every} must be at least 1')
-    check(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
+    check_key(0 <= e < 0.5, 'label_smoothing', f'{e} is not in [0, 0.5): from 0.5 on, labels say nothing or the opposite')
+    check_key(K is None or K >= 2, 'num_generations', f'{K} must be at least 2: fewer make no pair')
+    check_key(K is None or self.paired, 'num_generations', 'kto learns from unpaired data')
+    check_key(every is None or every >= 1, 'ref_model_sync_updates', f'{every} must be at least 1')
+    check_key(ema is None or 0 < ema < 1, 'ref_model_ema', f'{ema} is not in (0, 1)')
 
   @property
   def paired(self) -> bool:
