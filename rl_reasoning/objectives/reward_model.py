@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rl_reasoning import losses
 from rl_reasoning.structs import Array, Batch, Max, Mean, Min, Sum
 
-DECAY = 0.99  # of the moving mean of the demonstrations' scores, a step
+DECAY = 0.9  # of the moving mean of the demonstrations' scores, a step: scores drift, and the last ten steps say where they are
 
 
 def shift(aux: Mapping[str, Any]) -> float:
