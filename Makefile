@@ -11,7 +11,7 @@ r1-nano: $(VENV)/.run
 	$(BIN)/python -m rl_reasoning.pipeline --config=configs/r1_nano.py --workdir=runs/r1_nano
 
 test: $(VENV)/.dev $(VENV)/.sandbox
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 prove: $(VENV)/.dev $(VENV)/.sandbox
 	$(BIN)/python -m pytest -m prove

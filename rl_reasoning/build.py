@@ -280,6 +280,8 @@ def inert(config: Config, objective) -> dict[str, str]:
 def check_splits(config: Config, objective) -> None:
   """The rows of a step divide into updates and micro-batches, whatever the mesh: an error here names key, number and divisor."""
   rows, minibatches = config.data.batch_size * objective.update_rows, objective.num_minibatches
+  alone = objective.reads == 'unpaired' and config.data.batch_size == 1
+  check(not alone, "config key 'data.batch_size': 1, but KTO's mismatched completions are those of other rows")
   check(rows % minibatches == 0, f"config key 'objective.num_minibatches': {rows} rows a step do not divide by {minibatches}")
   update = rows // minibatches
   micro = config.optim.micro_batch or update
@@ -471,6 +473,13 @@ def model_names(config: Config) -> set[str]:
   return {*config.roles.reward, *config.rewards.combinations}
 
 
+def score_shift(init: str) -> float:
+  """What is subtracted from the scores of a reward model; 0 for what is none."""
+  if 'scalar' not in heads_in(init):
+    return 0.0
+  return reward_model.shift(checkpoint.restore_aux(init)) if is_run(init) else weights.score_shift(init)
+
+
 def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
   """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). `process`: process models, too. Raises
   ConfigError."""
@@ -481,7 +490,7 @@ def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tup
     ours = is_run(init)
     trained = run_config(init) if ours else None
     role = reward_models.resolve(name, role, trained, process)
-    arch, shift = read_arch(init), reward_model.shift(checkpoint.restore_aux(init)) if ours else weights.score_shift(init)
+    arch, shift = read_arch(init), score_shift(init)
     of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
     models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
     params[f'reward.{name}'] = load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
@@ -523,6 +532,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     role: model.make_net(
       a, temperature, dtype=config.model.dtype, remat=config.model.remat,
       frozen_layers=0 if role in own_trunk else frozen_layers,
+      shift=score_shift(critic.init) if role == 'critic' and critic.init else 0.0,  # its values begin where the rewards are
     )
     for role, a in archs.items()
   }  # fmt: skip

@@ -85,13 +85,15 @@ def model_rewards(
   ended: Any,
   columns: Mapping[str, Sequence],
   routes: Mapping[str, np.ndarray],
+  whitened: bool,
 ) -> dict[str, list[float | None]]:
-  """What the reward models that `rewards.functions` names say of completions; prompts as the data have them."""
+  """What the reward models that `rewards.functions` names say of completions; prompts as the data have them. `whitened` as in
+  reward_models.combine: in training alone."""
   if not run.reward_models:
     return {}
   functions, combined = run.config.rewards.functions, config_lib.combinations(run.config)
   return reward_models.known_rewards(
-    functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh, routes
+    functions, run.reward_models, frozen, combined, prompts, texts, ended, columns, run.mesh, routes, whitened
   )
 
 
@@ -122,7 +124,7 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
     whole = [from_thinking(a, text) for a, text in zip(asked, texts, strict=True)]
     questioned = [row['prompt'] for row in rows for _ in range(group)]
     functions, routes = judging(run), rewards.routes(config, columns, len(texts))
-    known = model_rewards(run, state.frozen, questioned, whole, ~rolled.truncated_N, columns, routes) if functions else {}
+    known = model_rewards(run, state.frozen, questioned, whole, ~rolled.truncated_N, columns, routes, True) if functions else {}
     scores = rewards.score(
       functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
       max_completion_length=config.rollout.max_completion_length, known=known, routes=routes,

@@ -84,7 +84,9 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class Critic:
-  init: str = ''  # as of Role; '': the one reward model where there is one with the policy's tokenizer, else the policy's start
+  init: str = (
+    ''  # as of Role; '': the one reward model where it is a run of ours with the policy's tokenizer, else the policy's start
+  )
   learning_rate: float = 0.0  # its peak, with optim's schedule; 0: optim.learning_rate
 
 

@@ -319,7 +319,10 @@ def encode_prompts(rows: Sequence[dict], tokenizer: Tokenizer, template: str, ma
 
 
 def encode_row(row: dict, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:
-  """(token ids, 1 where the token is to be imitated). The end token is imitated."""
+  """(token ids, 1 where the token is to be imitated). The end token is imitated. A row with only a `text` is imitated whole."""
+  if 'text' in row and not row.keys() & {'prompt', 'messages'}:
+    ids = tokenizer.encode(row['text']) + [tokenizer.end_id]
+    return ids, [1] * len(ids)
   if 'messages' not in row:
     check('prompt' in row and 'completion' in row, f'a row has nothing to imitate; columns: {", ".join(row)}')
     prompt = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))

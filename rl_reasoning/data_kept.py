@@ -12,8 +12,10 @@ from rl_reasoning.tokenizer import from_thinking, split_completion
 from rl_reasoning.verified_pairs import spread
 from rl_reasoning.verify.math import extract_answer
 
-# Columns of the problem that tell how it is answered: beside our completion they would be imitated in its place.
+# Columns of the problem that tell how it is answered, or judge answers: beside our completions they would be taken for these or for their
+# judgements.
 DEMONSTRATION = ('completion', 'chain_of_thought', 'messages')
+JUDGEMENT = ('completions', 'responses', 'chosen', 'rejected', 'ranks', 'margin', 'label', 'labels')
 AT_ONCE = 512  # completions that are verified in one call: enough for all workers
 
 
@@ -58,7 +60,7 @@ def worth(samples: list[dict], dropped: collections.Counter, least: float | None
 
 def others(row: Mapping[str, Any]) -> dict[str, Any]:
   """The problem's further columns (its gold answer among them)."""
-  return {key: value for key, value in row.items() if key not in ('prompt', *DEMONSTRATION)}
+  return {key: value for key, value in row.items() if key not in ('prompt', *DEMONSTRATION, *JUDGEMENT)}
 
 
 def to_imitate(row: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from rl_reasoning import (
   train,
 )
 from rl_reasoning.config import Config, check
+from rl_reasoning.objectives.preference import Preference
 from rl_reasoning.structs import PyTree
 
 # Sections and keys that an evaluation reads, as prefixes.
@@ -86,6 +87,25 @@ def open_run(config: Config, source: str) -> tuple[build.Run, PyTree, dict[str, 
   return run, build.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
 
 
+def with_implicit_reward(run: build.Run, source: str) -> tuple[build.Run, dict[str, PyTree]]:
+  """A run that learned from preferences is held to judgements by its implicit reward, as it was while it trained: (run with its objective,
+  weights of its reference). Raises ConfigError for a reference that is not there any more."""
+  if not build.is_run(source):
+    return run, {}
+  objective = build.make_objective(config_lib.resolve({'objective': build.run_config(source, 'objective')}))
+  if not isinstance(objective, Preference):
+    return run, {}
+  about = f'--checkpoint={source}: the implicit reward of a run of {objective.name} is over its reference'
+  check('ref' not in objective.moving, f'{about}, which moved: only the run itself could tell')
+  if 'ref' not in objective.frozen:
+    return run._replace(objective=objective), {}
+  roles = build.run_config(source, 'roles')
+  start = roles['ref']['init'] or roles['policy']['init']
+  check(bool(start) and pathlib.Path(start).exists(), f'{about}, and {start!r} does not exist')
+  reference = build.load_params(start, run.arch, jax.random.key(0), run.mesh)
+  return run._replace(objective=objective), {'ref': reference}
+
+
 def settings_of(config: Config) -> dict[str, Any]:
   """The keys of a resolved config that decide the numbers."""
   flat = config_lib.flatten(config_lib.to_dict(config))
@@ -128,6 +148,9 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
   check(bool(config.eval.evaluators), "config key 'eval.evaluators' is empty: nothing to evaluate, try {'greedy': {}}")
   chosen = evaluators.make_evaluators(config.eval.evaluators)
   run, params, frozen = open_run(config, source)
+  if any(isinstance(e, ranking_evaluator.RankingEvaluator) for e in chosen.values()) and run.speaks:
+    run, reference = with_implicit_reward(run, source)
+    frozen = {**frozen, **reference}
   sharding.check_rows('eval.batch_size', config.eval.batch_size, run.mesh)
   folder, settings = epath.Path(workdir), settings_of(run.config)
   fingerprint = int(checkpoint.fingerprint(params))
@@ -135,6 +158,7 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
     problems = evaluators.test_problems(run)
     evaluators.check_problems(run, problems, chosen)
     about = {'checkpoint': source, 'fingerprint': fingerprint, 'config': settings}
+    about |= {'reference': int(checkpoint.fingerprint(frozen['ref']))} if 'ref' in frozen else {}
     open_workdir(folder, FILES, about, 'another evaluation', overwrite)
     finished = folder / 'evaluation.json'
     if finished.exists():

@@ -166,7 +166,7 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
   prompts = [rows[s['problem']]['prompt'] for s in samples]
   texts, ended = [from_thinking(s['prompt'], s['completion']) for s in samples], [not s['truncated'] for s in samples]
   routes = rewards.routes(config, columns, len(samples))
-  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns, routes)
+  known = collect.model_rewards(run, frozen, prompts, texts, ended, columns, routes, False)
   scores = score(
     names, config.rewards.on_error, asked, completions, ids, columns, options=config.rewards.options, timeout=config.rewards.timeout,
     max_completion_length=limit, known=known, routes=routes,

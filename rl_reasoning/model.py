@@ -368,8 +368,10 @@ class Net(NamedTuple):
   output: Callable[..., Output]  # (params, rows): for `over_vocabulary`
 
 
-def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0) -> Net:
-  """`temperature(rows)` gives one number a row."""
+def make_net(
+  arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0, shift: float = 0.0,
+) -> Net:  # fmt: skip
+  """`temperature(rows)` gives one number a row; `shift` is subtracted from the scores."""
 
   def run(params, rows):
     if frozen_layers:  # where tied, it is the head, too
@@ -383,13 +385,16 @@ def make_net(arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype
   def logp(params, rows, **wanted):
     return token_log_probs(output(params, rows), rows, temperature(rows), **wanted)
 
+  def shifted(params, hidden, rows):
+    return scores(params, hidden, rows.segment_NT) - shift * (rows.segment_NT > 0)
+
   def only_scores(params, rows):
     params, hidden = run(params, rows)
-    return scores(params, hidden, rows.segment_NT)
+    return shifted(params, hidden, rows)
 
   def logp_and_scores(params, rows, **wanted):
     params, hidden = run(params, rows)
     found = token_log_probs(Output(hidden, head(params)), rows, temperature(rows), **wanted)
-    return *found, scores(params, hidden, rows.segment_NT)
+    return *found, shifted(params, hidden, rows)
 
   return Net(logp, only_scores, logp_and_scores, output)

@@ -101,6 +101,7 @@ def check_row(row: Mapping[str, Any], reads: str, size: int) -> None:
   if row.get('margin') is not None:
     good(is_finite(row['margin']) and row['margin'] >= 0, f'margin {row["margin"]!r} is no number of at least 0')
     good(len(row[texts]) == 2, f'a margin is between two responses, and there are {len(row[texts])}')
+    good(not row['margin'] or len({*row[marks]}) == 2, f'a margin of {row["margin"]} between two responses that tie')
 
 
 def fit(prompt: list[int], longest: int, row: Mapping[str, Any], limits: Limits) -> list[int] | None:
@@ -184,11 +185,11 @@ def encode_rankings(
 def encode_unpaired(
   rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str, max_length: int, overlong: str = 'raise'
 ) -> Batch:
-  """KTO's rows (2402.01306): 2 n is prompt n with its completion, 2 n + 1 prompt n with the completion of the next row, a mismatch from
-  which the KL is estimated. Extras: label (of n, on both) and present.
+  """KTO's rows (2402.01306): 2 n is prompt n with its completion, 2 n + 1 prompt n with the completion of the next row that asks something
+  else, a mismatch from which the KL is estimated. Extras: label (of n, on both) and present.
 
-  A mismatch that is too long is absent by itself, even where `overlong` is 'raise': it depends on who the neighbour is, so no check before
-  the run could find it. Raises ConfigError for a batch of one row, which has no neighbour.
+  Without one in the batch the mismatch is absent. One that is too long is absent by itself, even where `overlong` is 'raise': it depends on
+  who the neighbour is, so no check before the run could find it. Raises ConfigError for a batch of one row, which has no neighbour.
   """
   check(len(rows) > 1, f"config key 'data.batch_size': {len(rows)}, but KTO's mismatched completions are those of other rows")
   units = encode_units(rows, 'unpaired', tokenizer, template, max_length, overlong, 1)
@@ -197,8 +198,12 @@ def encode_unpaired(
   for n, (row, unit) in enumerate(zip(rows, units, strict=True)):
     if unit.prompt is None:
       continue
-    (own,), (other,) = unit.completions, units[(n + 1) % len(rows)].completions
-    encoded[2 * n] = joined(unit.prompt, own, tokenizer.end_id)
+    encoded[2 * n] = joined(unit.prompt, unit.completions[0], tokenizer.end_id)
+    next_ones = ((n + k) % len(rows) for k in range(1, len(rows)))
+    mismatched = next((m for m in next_ones if rows[m]['prompt'] != row['prompt']), None)
+    if mismatched is None:
+      continue
+    (other,) = units[mismatched].completions
     prompt = fit(encode_prompt(row, limits), len(other) + 1, row, limits)
     if prompt is not None:
       encoded[2 * n + 1] = joined(prompt, other, tokenizer.end_id)

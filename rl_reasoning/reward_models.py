@@ -165,21 +165,23 @@ def whiten(x_N: np.ndarray, has_N: np.ndarray) -> np.ndarray:
 
 def combine(
   rule: str, score_MN: np.ndarray, has_MN: np.ndarray, safety_N: np.ndarray, k: float = Combination.k,
-  threshold: float = Combination.threshold,
+  threshold: float = Combination.threshold, whitened: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
   """(score_N, has_N) of M members; a row that a member has no score for has none.
 
   mean, minimum, mean_minus_std: mean - k std of an ensemble (std of the M members as they are, ddof 0; 2310.02743 subtracts the variance).
-  llama2 (2307.09288,
-  section 3.2.3), members (helpful, safe): the safe score where the prompt is marked `safety` or sigmoid(safe) is below the threshold, else
-  the helpful one; what was chosen is whitened over all rows given, which are to be the step's.
+  llama2 (2307.09288, section 3.2.3), members (helpful, safe): the safe score where the prompt is marked `safety` or sigmoid(safe) is below
+  the threshold, else the helpful one; where `whitened`, for training, what was chosen is whitened over all rows given, which are to be the
+  step's (so that its mean is 0 whatever the policy does).
   """
   score_MN, has_N = np.asarray(score_MN, np.float64), np.all(has_MN, axis=0)
   if rule == 'llama2':
     helpful, safe = score_MN
     unsafe = safe < np.log(threshold / (1 - threshold))  # sigmoid(safe) < threshold, and no overflow
-    return whiten(np.where(np.asarray(safety_N, bool) | unsafe, safe, helpful), has_N), has_N
-  if rule == 'mean':
+    score = np.where(np.asarray(safety_N, bool) | unsafe, safe, helpful)
+    if whitened:
+      return whiten(score, has_N), has_N
+  elif rule == 'mean':
     score = score_MN.mean(axis=0)
   elif rule == 'minimum':
     score = score_MN.min(axis=0)
@@ -201,12 +203,13 @@ def known_rewards(
   columns: Mapping[str, Sequence],
   mesh: Mesh | None = None,
   routes: Mapping[str, np.ndarray] | None = None,
+  whitened: bool = True,
 ) -> dict[str, list[float | None]]:
   """The columns of those `functions` that are reward models or combinations, for `rewards.score(..., known=...)`.
 
   `frozen` holds the weights of model NAME under 'reward.NAME'; every model runs once, whoever asks for it. The column `safety` of the data
   marks prompts for the llama2 rule. Rows as in `score_texts`; a name in `routes` has a value on its own rows only, and a model scores no
-  row that nobody asks it about.
+  row that nobody asks it about. `whitened` as in `combine`.
   """
   N = len(completions)
   speaks = {name: np.ones(N, bool) if not routes or name not in routes else routes[name] for name in functions}
@@ -232,7 +235,7 @@ def known_rewards(
       for mark in marks:
         check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
       safety_N = np.asarray([bool(mark) for mark in marks])
-      score_N, has_N = combine(c.rule, score_MN, has_MN & speaks[name], safety_N, c.k, c.threshold)
+      score_N, has_N = combine(c.rule, score_MN, has_MN & speaks[name], safety_N, c.k, c.threshold, whitened)
     elif name in models:
       score_N, has_N = scored(name)
       has_N = has_N & speaks[name]

@@ -132,7 +132,7 @@ def loop(
         state, more = run.steps.update(state, some)
         gathered = metrics.merge(gathered, more)
       jax.block_until_ready(state.params)
-      phase.tokens = int((got.batch.segment_NT > 0).sum()) * run.objective.num_iterations
+      phase.tokens = int((batch.segment_NT > 0).sum()) * run.objective.num_iterations
     values = metrics.summarise({**gathered, **got.metrics})
     saves = last_or_every(step, config.checkpoint.every)
     checked = {name: value for name, value in values.items() if name == 'loss' or name.startswith('grad_norm')}

@@ -691,14 +691,14 @@ def test_pretraining_rows():
     text = refusal(resolve, config.override(chosen, f'data.pretrain.{key}', value))
     assert f"'data.pretrain.{key}'" in text and wanted in text
   resolved, objective, _ = resolve(config.override(chosen, 'total_steps', 1))  # reads 8 of them
-  source = data.Source([{'row': json.dumps({'prompt': str(n), 'completion': 'a' * 70 * (n == 5)})} for n in range(24)])
+  source = data.Source([{'row': json.dumps({'text': str(n) + 'a' * 70 * (n == 5)})} for n in range(24)])
   tok = SimpleNamespace(encode=list, end_id=0)
   run = SimpleNamespace(config=resolved, objective=objective, tokenizer=tok)
 
   def check(seed):
     collect.check_rows(run, SimpleNamespace(preview=lambda count: [], pretrain=source, seed=seed))
 
-  meets = ['5' in [row['prompt'] for row in data.batch(source, 0, 8, seed)[0]] for seed in range(8)]
+  meets = [any('a' in row['text'] for row in data.batch(source, 0, 8, seed)[0]) for seed in range(8)]
   check(meets.index(False))
   assert "'data.max_length': 64, but a row has 72 tokens" in refusal(check, meets.index(True))
 

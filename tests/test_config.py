@@ -391,7 +391,7 @@ ROW = '{"prompt": "a", "completion": "b"}\n'
     (ROW + '{"prompt": \n', 'rows.jsonl:2: not JSON'),
     (ROW + '\n[1]\n', 'rows.jsonl:3: not a JSON object'),
     (ROW + '{"prompt": 3}\n', "rows.jsonl:2: column 'prompt' is int, not text"),
-    (ROW + '{"answer": "3"}\n', 'rows.jsonl:2: no column prompt or messages'),
+    (ROW + '{"answer": "3"}\n', 'rows.jsonl:2: no column prompt, messages or text'),
   ],
 )
 def test_bad_files(text, wanted, command, tmp_path):

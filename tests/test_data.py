@@ -433,6 +433,7 @@ def test_encode_row():
     TOK.end_id,
   ]
   assert flags == [0] * 4 + [1] * 8
+  assert encode_row({'text': 'ab', 'source': 'book'}, TOK, 'Q{prompt}') == ([*b'ab', TOK.end_id], [1, 1, 1])
   assert encode_row({'prompt': 'a', 'completion': 'b'}, TOK, 'Q{prompt}') == ([*b'Qab', TOK.end_id], [0, 0, 1, 1])
   chat = encode_row({'prompt': turns('a'), 'completion': 'b'}, TOK, 'plain')
   assert chat == (TOK.encode('<user>a<end><assistant>b<end>'), [0, 0, 0, 0, 1, 1])

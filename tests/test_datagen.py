@@ -131,7 +131,8 @@ def test_reasoning():
 
 
 def test_all_are_kept():
-  """Failure: those who rank by hand or by a judge do not see everything, or get a row with nothing to rank, which they refuse."""
+  """Failure: those who rank by hand or by a judge do not see everything, get a row with nothing to rank, which they refuse,
+  or the judgements of the data on other texts."""
   dropped = collections.Counter()
   (row,), kept = data_kept.keep_all(PROBLEM, SAMPLES, make(), dropped)
   assert row == {
@@ -141,6 +142,9 @@ def test_all_are_kept():
   assert len(kept) == 6 and dropped == {'truncated': 1, 'empty': 1, 'duplicate': 1, 'nothing to compare with': 0}
   (row,), _ = data_kept.keep_all(PROBLEM, [said('a', 1.0, None), said('b', 1.0, None)], make(), dropped)
   assert 'correct' not in row
+  judged = {**PROBLEM, 'responses': ['x', 'y'], 'ranks': [0, 1], 'margin': 1.0, 'label': 1, 'labels': [1]}  # of other texts
+  (row,), _ = data_kept.keep_all(judged, [said('a'), said('b')], make(), dropped)
+  assert row['responses'] == ['a', 'b'] and not row.keys() & {'ranks', 'margin', 'label', 'labels'}
   assert data_kept.keep_all(PROBLEM, [said('a'), said('a')], make(), dropped)[0] == []
 
 
@@ -654,3 +658,8 @@ def test_rounds_of_the_config():
   assert (
     last['round1_generate']['roles']['policy']['init'] == '/some/base' and 'min_reward' not in last['round1_generate']['generate']
   )
+  ranked = config.read_file('configs/best_of_k.py:start=last,keep=ranking')['stages']
+  pipeline.check_stages(ranked, '/tmp/no such folder')
+  assert ranked['round1_generate']['generate']['keep'] == 'ranking' and ranked['round2_train']['objective'] == {'name': 'dpo'}
+  by_model = config.read_file('configs/best_of_k.py:keep=best,judge=/some/judge')['stages']['round2_generate']
+  assert by_model['roles']['policy'] == {'init': '{workdir}/round1_train'} and by_model['rewards'] == {'functions': ('judge',)}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rl_reasoning import checkpoint, config, metrics, pipeline, train
+from rl_reasoning import build, checkpoint, config, metrics, pipeline, train
 from rl_reasoning.structs import TrainState
 from tests.test_distill import make_teacher
 
@@ -74,8 +74,10 @@ RESUMED = {
     'objective__entropy_coef': 0.01, 'objective__entropy_coef_step': 0.004, 'data__train_size': 48, 'data__batch_size': 8,
     'objective__num_generations': 4,
   },
-  # A critic with an optimizer of its own, the controller of the KL, statistics of the scores, and a second stream of data.
+  # A reward model beside rules, whose weights are frozen and begin the critic; its optimizer, the controller of the KL, statistics of the
+  # scores, and a second stream of data.
   'ppo': {
+    'rewards': {'functions': ('accuracy', 'format_tags', 'judge'), 'weights': (1.0, 0.2, 0.5)},
     'objective__num_generations': 2, 'objective__num_minibatches': 2, 'objective__kl_controller': 'adaptive', 'objective__kl_horizon': 64,
     'objective__kl_target': 0.05, 'objective__score_normalization': 'running', 'objective__ptx_coef': 0.1, 'data__batch_size': 16,
     'model__arch': {'num_hidden_layers': 1}, 'data__max_length': 64,
@@ -89,12 +91,25 @@ RESUMED = {
 }  # fmt: skip
 
 
+def make_judge(cache: str, folder) -> str:
+  run(settings('reward_model', cache, total_steps=2, model__arch={'num_hidden_layers': 1}), folder / 'judge')
+  return str(folder / 'judge')
+
+
 @pytest.mark.parametrize('objective', RESUMED)
 def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   """Failure: something that a step depends on is not in the checkpoint, or is not a function of (seed, step)."""
   chosen = settings(objective, cache, **RESUMED[objective])
   if objective == 'distill':
     chosen = config.override(chosen, 'roles.teacher', {'init': make_teacher(tmp_path), 'tokenizer': 'bytes'})
+  if objective == 'ppo':
+    judge = make_judge(cache, tmp_path)
+    chosen = config.override(chosen, 'roles.reward', {'judge': {'init': judge}})
+    critic, head = (
+      build.build(config.resolve(chosen)).init().params['critic'],
+      checkpoint.restore_params(judge, 'policy')['score'],
+    )
+    np.testing.assert_array_equal(critic['score'], head)
   run(chosen, tmp_path / 'whole')
   write = metrics.Writer.write
 
@@ -120,6 +135,8 @@ def test_resume_is_bit_for_bit(objective, cache, tmp_path, monkeypatch):
   if objective == 'ppo':
     entries = logged(tmp_path / 'whole')
     assert len({entry['objective/kl_coef'] for entry in entries}) == 8 and entries[-1]['grad_norm/critic'] > 0
+    assert len({entry['rewards/judge/mean'] for entry in entries}) == 8
+    assert set(json.loads((tmp_path / 'whole' / 'frozen.json').read_text())) >= {'reward.judge'}
 
 
 def test_sft_learns(cache, tmp_path):

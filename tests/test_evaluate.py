@@ -518,6 +518,23 @@ def test_training_config_evaluates_too(trained, tmp_path):
   assert contents(tmp_path / 'samples') == contents(trained[0] / 'samples' / 'step_000001')
 
 
+def test_implicit_reward_outside_of_the_run(tmp_path, capsys):
+  """Failure: an evaluation of a run that learned from preferences ranks by something else than the run itself does."""
+  start, folder = tmp_path / 'start', tmp_path / 'dpo'
+  argv = [f'--config.data.cache_dir={tmp_path}', '--config.total_steps=1', '--config.optim.learning_rate=0.01']
+  assert train.main(['--config=configs/tiny.py', f'--workdir={start}', *argv]) == 0
+  flags = ["--config.eval.evaluators={'held out': {'kind': 'ranking'}}", '--config.eval.size=16', '--config.eval.batch_size=8']
+  loop = [f'--config.roles.ref.init={start}', '--config.eval.every=1', '--config.eval.at_start=False', *flags]
+  assert train.main(['--config=configs/tiny.py:objective=dpo', f'--workdir={folder}', *argv, *loop]) == 0
+  asked = ['--config=configs/tiny.py:objective=dpo', f'--checkpoint={folder}', argv[0], *flags]
+  assert evaluate.main([*asked, f'--workdir={tmp_path / "e"}']) == 0
+  got = json.loads((tmp_path / 'e' / 'evaluation.json').read_text())['evaluators']['held out']
+  assert got == json.loads((folder / 'eval.jsonl').read_text())['evaluators']['held out']
+  start.rename(tmp_path / 'elsewhere')
+  assert evaluate.main([*asked, f'--workdir={tmp_path / "f"}']) == 2
+  assert 'is over its reference' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   'flags, wanted',
   [

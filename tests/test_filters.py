@@ -226,7 +226,7 @@ def test_rows_that_nobody_can_imitate(tmp_path):
   """Failure: a row that SFT cannot read is found when the run begins, days later, or without its file and line."""
   for bad, wanted in (
     ({'prompt': 'q', 'answer': '4'}, 'nothing to imitate'),
-    ({'completion': 'a'}, 'no column prompt or messages'),
+    ({'completion': 'a'}, 'no column prompt, messages or text'),
   ):
     path = write(tmp_path / 'x.jsonl', [row('a'), bad])
     with pytest.raises(ConfigError, match=f'{path}:2: .*{wanted}'):

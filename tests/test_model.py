@@ -260,7 +260,8 @@ def test_frozen_layers(params):
 
 
 def test_scores_and_values_share_a_pass(params):
-  """Failure: the scalar head reads another state than the one after its token, padding scores, or one pass gives other numbers than two."""
+  """Failure: the scalar head reads another state than the one after its token, padding scores, one pass gives other numbers than two, or
+  the shift moves something else."""
   both = model.init(jax.random.key(3), ARCH, ('lm', 'scalar'))
   batch = rows([np.arange(6), np.arange(3, 12)], 9)
   net = model.make_net(ARCH, lambda rows: 1.0, dtype='float32', remat='none')
@@ -268,6 +269,9 @@ def test_scores_and_values_share_a_pass(params):
   assert entropy is None and not np.any(np.asarray(scores)[np.asarray(batch.segment_NT) == 0])
   assert_close(scores, jax.jit(net.scores)(both, batch))
   assert_close(logp, log_probs(both, ARCH, batch)[0])
+  lower = model.make_net(ARCH, lambda rows: 1.0, dtype='float32', remat='none', shift=0.75)
+  for found in (jax.jit(lower.scores)(both, batch), jax.jit(lower.logp_and_scores)(both, batch)[2]):
+    assert_close(found, np.asarray(scores) - 0.75 * (np.asarray(batch.segment_NT) > 0))
   changed = batch.replace(tokens=np.asarray(batch.tokens).copy())
   changed.tokens[1, 5] = 0
   moved = np.abs(np.asarray(jax.jit(net.scores)(both, changed)) - np.asarray(scores))[1] > 1e-6

@@ -123,10 +123,13 @@ def test_other_shapes(tmp_path):
     ({'chosen': MESSAGES[0], 'rejected': said('a', 'b', 'c')}, "ends with a message of 'user'"),
     ({'prompt': 'Other?', 'chosen': MESSAGES[0], 'rejected': MESSAGES[1]}, 'prompt is none of the messages'),
     ({**PAIR, 'margin': -0.5}, "'margin' is -0.5"), ({**PAIR, 'margin': float('nan')}, "'margin' is nan"),
-    ({**RANKING, 'margin': 1}, 'a margin is between two'), ({**RANKING, 'responses': ['a'], 'ranks': [0]}, 'a ranking of 1,'),
+    ({**RANKING, 'margin': 1}, 'a margin is between two'),
+    ({**RANKING, 'responses': ['a', 'b'], 'ranks': [1, 1], 'margin': 2}, 'two responses that tie'),
+    ({**RANKING, 'responses': ['a'], 'ranks': [0]}, 'a ranking of 1,'),
     ({**RANKING, 'responses': [], 'ranks': []}, 'a ranking of 0,'), ({**RANKING, 'ranks': [0, 1]}, '3 texts, but 2 ranks'),
     ({**RANKING, 'ranks': [0, 1, float('nan')]}, "'ranks' holds nan, no finite"), ({**RANKING, 'ranks': [0, 1, True]}, 'holds True'),
     ({**RANKING, 'ranks': [0, 1, float('inf')]}, 'holds inf'), ({**RANKING, 'ranks': [0, 1, 10**400]}, 'no finite number'),
+    ({**RANKING, 'ranks': [0, 1, 4]}, 'holds 4: places are from 0'), ({**RANKING, 'ranks': [0.5, -1.5, 2]}, 'holds -1.5'),
     ({**RANKING, 'ranks': ['1', '2', '3']}, "holds '1'"), ({**RANKING, 'ranks': 'first'}, "'ranks' is str"),
     ({**RANKING, 'responses': ['a', 'b', 3]}, "'responses' is no list of texts"), ({**RANKING, 'responses': 'abc'}, 'no list of texts'),
     ({**VERDICT, 'label': 1.5}, "'label' is 1.5"), ({**VERDICT, 'label': float('nan')}, "'label' is nan"),
@@ -181,7 +184,7 @@ def test_counts_once_a_split(tmp_path, capsys):
 
 def test_pairs_of_rankings(tmp_path):
   """Failure: a ranking gives too few pairs, its ties, pairs the wrong way round, or rows beyond the size."""
-  ranking = {'prompt': 'q', 'responses': ['a', 'b', 'c', 'd'], 'ranks': [3, 1, 3, -2], 'answer': '5'}
+  ranking = {'prompt': 'q', 'responses': ['a', 'b', 'c', 'd'], 'ranks': [3, 1, 3, 0], 'answer': '5'}
   pairs = read(tmp_path, ranking, PAIR, pairs=True)
   assert [(row['responses'], row['ranks'], row['prompt']) for row in pairs] == [
     (texts, [0, 1], 'q') for texts in (['b', 'a'], ['d', 'a'], ['b', 'c'], ['d', 'b'], ['d', 'c'])

@@ -81,7 +81,7 @@ def test_template_and_messages():
 
 
 def test_unpaired():
-  """Failure: the mismatched completion is the row's own, has another prompt, or the label of its own row."""
+  """Failure: the mismatched completion is the row's own or answers the same prompt, has another prompt, or the label of its own row."""
   rows = [{'prompt': p, 'completion': c, 'label': y} for p, c, y in (('p0', 'c0', 1), ('p1', 'cc1', False), ('p2', 'c2', 0.5))]
   batch = encode_unpaired(rows, TOK, 'plain', 99)
   for n, (p, c) in enumerate([('p0', 'c0'), ('p0', 'cc1'), ('p1', 'cc1'), ('p1', 'c2'), ('p2', 'c2'), ('p2', 'c0')]):
@@ -89,6 +89,10 @@ def test_unpaired():
   assert batch.extras['label'].tolist() == [1, 1, 0, 0, 0.5, 0.5] and batch.group_N.tolist() == [0, 0, 1, 1, 2, 2]
   short = encode_unpaired(rows, TOK, 'plain', 6, 'drop')  # p1 cc1 has 6, so all fit
   assert short.extras['present'].tolist() == [1] * 6
+  twice = encode_unpaired([rows[0], {**rows[0], 'completion': 'c3'}, rows[1]], TOK, 'plain', 99)
+  for n, (p, c) in {1: ('p0', 'cc1'), 3: ('p0', 'cc1'), 5: ('p1', 'c0')}.items():
+    same(twice, n, p, c)
+  assert encode_unpaired([rows[0]] * 2, TOK, 'plain', 99).extras['present'].tolist() == [1, 0, 1, 0]
   with pytest.raises(ConfigError, match=r"'data.batch_size': 1, but KTO's"):
     encode_unpaired(rows[:1], TOK, 'plain', 99)
 

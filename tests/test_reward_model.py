@@ -194,7 +194,8 @@ def test_nothing_to_learn(scores):
 
 
 def test_shift(scores):
-  """Failure: scores are not shifted to mean 0 on demonstrations, the mean begins biased to 0, or the drift is from another mean."""
+  """Failure: scores are not shifted to mean 0 on demonstrations, the mean begins biased to 0, lags far behind
+  scores that grow, or the drift is from another mean."""
   objective, batch = MODEL, make_batch(UNITS)
   aux = objective.init_aux()
   assert shift(aux) == 0 and shift({}) == 0
@@ -208,6 +209,9 @@ def test_shift(scores):
   assert found['score_drift'] == pytest.approx(found['demonstration_reward'] - shift(aux), abs=1e-6)
   first = adapt(objective.init_aux(), {'demonstration_reward': Mean(8.0, 4.0)})
   assert shift(first) == pytest.approx(2.0, rel=1e-6)
+  for n in range(60):  # scores that grow by a tenth of a point a step
+    first = adapt(first, {'demonstration_reward': Mean(4 * (2 + 0.1 * n), 4.0)})
+  assert abs(shift(first) - 7.9) < 1
 
 
 def make_judged(name: str) -> tuple[Batch, np.ndarray, np.ndarray]:

@@ -174,8 +174,8 @@ def test_ensembles():
 
 
 def test_helpful_and_safe():
-  """Failure: Llama 2's rule takes the helpful score of an unsafe answer or of a safety prompt, takes the threshold for a logit, or whitens
-  over rows without a verdict."""
+  """Failure: Llama 2 takes the helpful score of an unsafe answer or of a safety prompt, takes the threshold for a logit, whitens over rows
+  without a verdict, or whitens where nothing is trained."""
   helpful, safe = [5.0, 6.0, 7.0, 8.0, 100.0], [-1.73, -1.74, 2.0, 3.0, 0.0]  # sigmoid(-1.7346) = 0.15
   safety, has = [0, 0, 1, None, 0], [[True] * 5, [True] * 4 + [False]]
   raw = np.asarray([5.0, -1.74, 2.0, 8.0])
@@ -187,6 +187,8 @@ def test_helpful_and_safe():
   assert lower[1] > lower[2]  # -1.74 is safe enough, and the helpful 6 counts
   assert combined('llama2', [[0.7] * 3, [1e4, 5.0, 5.0]]) == ([0, 0, 0], [True] * 3)  # no spread: exactly 0, whatever std says
   assert combined('llama2', [[1.0], [-1e4]], [[False], [True]]) == ([0], [False])
+  plain, known = combined('llama2', [helpful, safe], has, safety, whitened=False)
+  assert plain[:4] == [5.0, -1.74, 2.0, 8.0] and plain[4] == 0 and known == [True] * 4 + [False]
 
 
 def test_known_rewards(monkeypatch):

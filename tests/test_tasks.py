@@ -469,7 +469,8 @@ def test_files_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
   'line,reason',
   [
-    ('{"prompt": "a"', 'not JSON'), ('["a"]', 'not a JSON object'), ('{"text": "a"}', 'no column prompt or messages; columns: text'),
+    ('{"prompt": "a"', 'not JSON'), ('["a"]', 'not a JSON object'), ('{"body": "a"}', 'no column prompt, messages or text; columns: body'),
+    ('{"text": ""}', 'the text is empty'), ('{"text": 3}', "'text' is int, not text"),
     ('{"prompt": ""}', 'the prompt is empty'), ('{"prompt": 3}', "'prompt' is int, not text"),
     ('{"prompt": "a", "completion": 3}', "'completion' is int, not text"),
     ('{"prompt": "a", "chain_of_thought": null}', "'chain_of_thought' is NoneType"), ('{"messages": []}', "'messages' is not a list"),

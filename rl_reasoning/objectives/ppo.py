@@ -49,7 +49,7 @@ class Ppo(Reference):
   tis_cap: float | None = None  # truncated importance sampling between sampler and trainer
   critic: str = 'own'  # own parameters | shared: a scalar head on the policy's trunk
   cliprange_value: float = 0.2  # in units of the value
-  vf_coef: float = 0.1
+  vf_coef: float = 0.1  # a critic of its own has an optimizer of its own, and Adam does not see it: only optim.grad_clip does
   gamma: float = 1.0
   lam: float = 0.95
   kl_coef: float = 0.05  # weight of the KL in the reward; 0: no reference is kept. Where the adaptive controller starts

@@ -1,7 +1,7 @@
 """Rows from files: JSON lines or an array (.gz too) or Parquet, a file, a folder, or a data set of the Hugging Face hub ('owner/name').
 
 Columns, as users of other trainers know them: `prompt`; `prompt` + `completion`; `messages`; `prompt` + `chain_of_thought` + `completion`;
-`prompt` + `answer`; further columns go to the reward functions.
+`prompt` + `answer`; `text` alone, which is imitated whole (pretraining); further columns go to the reward functions.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def read(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
 
 
 def identity(row: Mapping) -> str:
-  """What two rows share when they ask the same: the prompt, or what a conversation's user says in all, case and spaces aside."""
-  asked = row['prompt'] if 'prompt' in row else row['messages']
+  """What two rows share when they ask the same: the prompt, or what a conversation's user says in all, or a whole text; case and
+  spaces aside."""
+  asked = next(row[column] for column in ('prompt', 'messages', 'text') if column in row)
   turns = [] if isinstance(asked, str) else [m['content'] for m in asked if m['role'] not in ('system', 'assistant')]
   text = asked if isinstance(asked, str) else ' '.join(turns)
   return ' '.join(text.lower().split())
@@ -98,8 +99,11 @@ def check_messages(place: str, column: str, messages) -> None:
 
 
 def check_row(place: str, row: Mapping) -> None:
-  check('prompt' in row or 'messages' in row, f'{place}: no column prompt or messages; columns: {", ".join(row)}')
-  for column in ('prompt', 'chain_of_thought', 'completion'):
+  known = row.keys() & {'prompt', 'messages', 'text'}
+  check(bool(known), f'{place}: no column prompt, messages or text; columns: {", ".join(row)}')
+  alone = known == {'text'}
+  check(not alone or row['text'] != '', f'{place}: the text is empty')
+  for column in ('text',) if alone else ('prompt', 'chain_of_thought', 'completion'):
     value = row.get(column)
     if column == 'prompt' and isinstance(value, list):
       check_messages(place, column, value)

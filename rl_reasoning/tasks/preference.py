@@ -120,12 +120,15 @@ def read_ranking(row: Mapping, place: str) -> dict:
   responses = read_texts(row, place, 'responses')
   check(len(responses) >= 2, f'{place}: a ranking of {len(responses)}, and it takes two responses or more')
   ranks = read_numbers(row, place, 'ranks', responses, is_finite, 'no finite number')
+  wrong = next((r for r in ranks if not 0 <= r <= len(ranks)), None)  # scores, of which more is better, would teach the opposite
+  check(wrong is None, f"{place}: column 'ranks' holds {wrong!r}: places are from 0, or from 1, the best, to {len(ranks)}")
   found = {'prompt': read_prompt(row, place), 'responses': responses, 'ranks': ranks}
   margin = row.get('margin')
   if margin is None:
     return found
   check(is_finite(margin) and margin >= 0, f"{place}: column 'margin' is {margin!r}, no number of at least 0")
   check(len(responses) == 2, f'{place}: a margin is between two responses, and there are {len(responses)}')
+  check(not margin or ranks[0] != ranks[1], f'{place}: a margin of {margin} between two responses that tie')
   return {**found, 'margin': margin}
 
 
