@@ -1,12 +1,10 @@
 """Accuracy against tokens at nano scale: every method of rl_reasoning.inference on a run of configs/demo.py.
 
-Command:  python -m rl_reasoning.generate scale --config=configs/scale.py --checkpoint=runs/demo/base --workdir=runs/scale
+Command:  python -m rl_reasoning.pipeline --config=configs/scale.py:stage=all,base=runs/demo/base --workdir=runs/scale
+          (trains an outcome and a process reward model on the base's own samples, then draws the curves)
+Or:       python -m rl_reasoning.generate scale --config=configs/scale.py --checkpoint=runs/demo/base --workdir=runs/scale_alone
+          (the curves of the methods that go by no reward model)
 Hardware: 2 CPU cores. Not run to its end yet: no numbers.
-
-The methods that go by reward models join where there are some, trained on the base's own samples by the other stage of this file:
-  python -m rl_reasoning.pipeline --config=configs/scale.py:stage=models,base=runs/demo/base --workdir=runs/scale_models
-  python -m rl_reasoning.generate scale --config=configs/scale.py:outcome=runs/scale_models/outcome,process=runs/scale_models/process
-    --checkpoint=runs/demo/base --workdir=runs/scale
 
 The model has read no English and no second problem: "step by step" is an opened <think>, few-shot examples are strange to it, and what
 takes the place of the tag below the minimum is the ';' that its chains go on by, not "Wait" (`wait=Wait` asks for that).
@@ -17,10 +15,13 @@ def get_config(
   stage: str = 'scale', base: str = '', outcome: str = '', process: str = '', size: int = 500, eval_seed: int = 2, seed: int = 0,
   wait: str = ';', train_size: int = 1000, steps: int = 300,
 ) -> dict:  # fmt: skip
-  assert stage in ('scale', 'models'), stage
+  assert stage in ('scale', 'all'), stage
   task = {'task': 'arithmetic', 'options': {'operands': 4, 'low': 3, 'high': 9}}
-  if stage == 'models':
-    return models(task, base, seed, train_size, steps)
+  if stage == 'all':
+    models = '{workdir}/outcome', '{workdir}/process'
+    curve = get_config('scale', '', *models, size, eval_seed, seed, wait)
+    curve['roles'] |= {'policy': {'init': base}}
+    return {'stages': {**reward_models(task, base, seed, train_size, steps), 'curve': curve}}
   forced = {'prefix': '<think>'}
   budgets = {'method': 'budget_forcing', 'max_answer': 12, 'wait': wait}
   sampled = {**forced, 'num_samples': (1, 2, 4, 8, 16)}
@@ -53,7 +54,7 @@ def get_config(
   }
 
 
-def models(task: dict, base: str, seed: int, train_size: int, steps: int) -> dict:
+def reward_models(task: dict, base: str, seed: int, train_size: int, steps: int) -> dict:
   """An outcome and a process reward model, of other training problems than each other."""
   sample = {
     'seed': seed,
@@ -76,13 +77,11 @@ def models(task: dict, base: str, seed: int, train_size: int, steps: int) -> dic
     }
 
   return {
-    'stages': {
-      'labels': {**sample, 'generate': {'keep': 'labels', **drawn}},
-      'outcome': train('outcome', 'labels'),
-      'steps': {
-        **sample,
-        'generate': {'keep': 'steps', 'step_separator': ';', 'max_per_prompt': 2, 'first': train_size, **drawn},
-      },
-      'process': train('process', 'steps'),
-    }
+    'labels': {**sample, 'generate': {'keep': 'labels', **drawn}},
+    'outcome': train('outcome', 'labels'),
+    'steps': {
+      **sample,
+      'generate': {'keep': 'steps', 'step_separator': ';', 'max_per_prompt': 2, 'first': train_size, **drawn},
+    },
+    'process': train('process', 'steps'),
   }

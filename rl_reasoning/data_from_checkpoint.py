@@ -15,7 +15,7 @@ from etils import epath
 from rl_reasoning import build, checkpoint, config as config_lib, data, evaluate, evaluators, sharding, train
 from rl_reasoning.config import Rewards, check
 from rl_reasoning.data_kept import keep_of, mean, others
-from rl_reasoning.data_settings import BY_VERDICT, Generate, Job
+from rl_reasoning.data_settings import BY_STEPS, BY_VERDICT, Generate, Job
 from rl_reasoning.rewards import REWARDS, any_gold, as_given, columns_of
 from rl_reasoning.structs import PyTree
 
@@ -101,18 +101,28 @@ def label_steps(sampler: Sampler, chosen: Sequence[tuple[dict, dict]]) -> tuple[
   return made, continued
 
 
+def to_condition(row: Mapping[str, Any], g: Generate) -> dict[str, Any]:
+  """A demonstration of judged steps, each behind the label that says what came of it."""
+  marked = [
+    (g.good if label >= g.threshold else g.bad) + step for step, label in zip(row['completions'], row['labels'], strict=True)
+  ]
+  return {'prompt': row['prompt'], 'completion': ''.join(marked)}
+
+
 def make_data(sampler: Sampler, rows: Sequence[dict]) -> tuple[list[dict], dict[str, Any]]:
   """(rows of `generate.keep`, what was counted on the way)."""
   g, tok = sampler.generate, sampler.run.tokenizer
   samples = sampler(rows, 'samples', g.num_samples, g.seed)
   dropped: collections.Counter[str] = collections.Counter()
-  made, kept, owners = keep_of(rows, samples, 'labels' if g.keep == 'steps' else g.keep, g, dropped)
+  made, kept, owners = keep_of(rows, samples, 'labels' if g.keep in BY_STEPS else g.keep, g, dropped)
   counted: dict[str, Any] = {}
   continued: list[dict] = []
-  if g.keep == 'steps':
+  if g.keep in BY_STEPS:
     made, continued = label_steps(sampler, list(zip(owners, kept, strict=True)))
     labels = [label for row in made for label in row['labels']]
     counted = {'steps': len(labels), 'continuations': len(continued), 'label': sum(labels) / len(labels) if labels else None}
+  if g.keep == 'conditioned':
+    made = [to_condition(row, g) for row in made]
   # Text that a tokenizer cuts otherwise than the policy did, or that is no text (half a character), is imitated by other tokens.
   differs = sum(tok.encode(s['completion']) != [i for i in s['completion_ids'] if i not in tok.end_ids] for s in kept)
   return made, {

@@ -10,8 +10,9 @@ from rl_reasoning import api, config as config_lib, dedup
 from rl_reasoning.config import Component, Config, check, coerce
 
 SOURCES = ('checkpoint', 'api', 'published')
-KEEPS = ('all', 'best', 'correct', 'reasoning', 'ranking', 'pairs', 'labels', 'steps')
-BY_VERDICT, BY_REWARD = ('correct', 'pairs', 'labels', 'steps'), ('best', 'ranking')
+KEEPS = ('all', 'best', 'correct', 'reasoning', 'ranking', 'pairs', 'labels', 'steps', 'conditioned')
+BY_STEPS = ('steps', 'conditioned')
+BY_VERDICT, BY_REWARD = ('correct', 'pairs', 'labels', *BY_STEPS), ('best', 'ranking')
 VERIFY = ('possible', 'always', 'never')
 
 
@@ -57,7 +58,7 @@ class Generate:
   source: str = (
     'checkpoint'  # checkpoint: sampled from roles.policy.init | api: from an endpoint | published: what data.* shows itself
   )
-  keep: str = 'all'  # a name of data_kept.KEEP, or 'steps'
+  keep: str = 'all'  # a name of data_kept.KEEP, 'steps' or 'conditioned'
   split: str = 'train'  # train (in the order of a run of the same seed) | test
   first: int = 0  # how many problems of the split to pass over, so that another round asks others
   size: int = 0  # problems; 0: all the training split has
@@ -72,6 +73,9 @@ class Generate:
   min_reward: float | None = None  # what a completion must be worth to be kept
   step_separator: str = '\n'  # ends a step
   rollouts_per_step: int = 8
+  good: str = '[GOOD]'  # before a step that the right answer is reached from
+  bad: str = '[BAD]'  # before any other
+  threshold: float = 0.5  # share of continuations that reach it, from which on a step is good
   verify: str = 'possible'  # possible: what is verified wrong is left out | always: what has no verdict, too | never
   decontaminate: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # name -> a Component: its test split is kept out
   ngram: int = dedup.NGRAM  # words that a row may not share with a problem of these
@@ -82,13 +86,14 @@ class Generate:
 
 # Options that act with some kinds of `keep` only, and with some sources only.
 ONLY = {
-  'max_per_prompt': ('correct', 'reasoning', 'ranking', 'pairs', 'labels', 'steps'),
+  'max_per_prompt': ('correct', 'reasoning', 'ranking', 'pairs', 'labels', *BY_STEPS),
   'min_reward': ('best', 'correct'),
-  'step_separator': ('steps',),
-  'rollouts_per_step': ('steps',),
+  'step_separator': BY_STEPS,
+  'rollouts_per_step': BY_STEPS,
+  **dict.fromkeys(('good', 'bad', 'threshold'), ('conditioned',)),
   'verify': ('reasoning',),
-  'decontaminate': ('best', 'correct', 'reasoning'),
-  'near_duplicates': ('best', 'correct', 'reasoning'),
+  'decontaminate': ('best', 'correct', 'reasoning', 'conditioned'),
+  'near_duplicates': ('best', 'correct', 'reasoning', 'conditioned'),
 }
 FROM = {
   **dict.fromkeys(('temperature', 'top_k', 'top_p', 'min_p', 'seed', 'batch_size'), ('checkpoint',)),
@@ -166,6 +171,7 @@ def check_generate(g: Generate, given: set[str]) -> None:
     'top_k': g.top_k >= 0, 'top_p': 0 < g.top_p <= 1, 'min_p': 0 <= g.min_p < 1, 'seed': 0 <= g.seed < 2**32,
     'batch_size': g.batch_size >= 1, 'max_per_prompt': g.max_per_prompt >= 0, 'step_separator': bool(g.step_separator),
     'rollouts_per_step': g.rollouts_per_step >= 1, 'ngram': g.ngram >= 1, 'near_duplicates': 0 <= g.near_duplicates <= 1,
+    'good': bool(g.good), 'bad': bool(g.bad) and g.bad != g.good, 'threshold': 0 < g.threshold <= 1,
   }  # fmt: skip
   for field, good in ranges.items():
     check(good, f"config key 'generate.{field}': {getattr(g, field)!r} is out of range")
@@ -180,7 +186,7 @@ def check_generate(g: Generate, given: set[str]) -> None:
     check(
       g.temperature > 0 or f'generate.{field}' not in given, f"config key 'generate.{field}' cannot act: temperature 0 is greedy"
     )
-  sampled = g.num_samples if g.keep != 'steps' else max(g.num_samples, g.rollouts_per_step)
+  sampled = g.num_samples if g.keep not in BY_STEPS else max(g.num_samples, g.rollouts_per_step)
   check(sampled == 1 or g.temperature > 0,
         f"config key 'generate.temperature': {g.temperature} is greedy, {sampled} samples would be all equal")  # fmt: skip
   several = g.keep not in ('all', 'ranking', 'pairs') or g.num_samples > 1

@@ -26,6 +26,8 @@ goes on after an interruption, bit for bit. Exit codes: 0 (also where a budget e
   labels    prompt, completion, label (accuracy): for outcome reward models and KTO
   steps     prompt, completions (the steps of one), labels: for process reward models. A step's label is the share of `rollouts_per_step`
             continuations from its end that reach the right answer, of the last step the verdict itself (Math-Shepherd, 2312.08935)
+  conditioned prompt, completion: the steps, each behind `good` where its label is at least `threshold`, else behind `bad`, for SFT
+            (return-conditioned RL, 2403.04642); the method 'conditioned' of rl_reasoning.inference then asks for good ones
 Equal completions of a prompt count once. Empty ones and those without an end token are left out: whoever trains on the latter appends an
 end where the policy made none. All of them are in samples/. Rows for SFT can be decontaminated against evaluation sets and rid of near
 duplicates (`decontaminate`, `near_duplicates`: dedup.py).

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rl_reasoning.config import check
@@ -83,23 +83,30 @@ def bands(threshold: float) -> tuple[int, int]:
   return HASHES // r, r
 
 
-def near_duplicates(rows: Sequence[dict], threshold: float = 0.8) -> Kept:
-  """Rows that are not nearly the same as one before them."""
+def nearly_seen(threshold: float) -> Callable[[Mapping[str, Any]], bool]:
+  """row -> whether it is nearly the same as one that came before it and was not nearly the same as another. Raises ConfigError."""
   import datasketch  # it takes a second to import, and most runs need none
 
-  check(0 < threshold <= 1, f'near_duplicates: a similarity of {threshold} is not in (0, 1]')
+  check(0 < threshold <= 1, f'near duplicates: a similarity of {threshold} is not in (0, 1]')
   index = datasketch.MinHashLSH(num_perm=HASHES, params=bands(threshold))
-  sketches: dict[Any, Any] = {}  # of the rows that are kept, by their number
-  kept, dropped = [], collections.Counter()
-  for row in rows:
+  sketches: list[Any] = []  # of the rows that are new, by their number
+
+  def seen(row: Mapping[str, Any]) -> bool:
     some = words_of(row)
     shingles = ngrams(some, SHINGLE) or {' '.join(some)}
     sketch = datasketch.MinHash(num_perm=HASHES)
     sketch.update_batch([shingle.encode() for shingle in shingles])
     if any(sketches[key].jaccard(sketch) >= threshold for key in index.query(sketch)):
-      dropped['near duplicate'] += 1
-      continue
-    index.insert(len(kept), sketch)
-    sketches[len(kept)] = sketch
-    kept.append(row)
-  return kept, dropped
+      return True
+    index.insert(len(sketches), sketch)
+    sketches.append(sketch)
+    return False
+
+  return seen
+
+
+def near_duplicates(rows: Sequence[dict], threshold: float = 0.8) -> Kept:
+  """Rows that are not nearly the same as one before them."""
+  seen = nearly_seen(threshold)
+  kept = [row for row in rows if not seen(row)]
+  return kept, +collections.Counter({'near duplicate': len(rows) - len(kept)})

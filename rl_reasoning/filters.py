@@ -30,7 +30,7 @@ from typing import Any
 
 from etils import epath
 
-from rl_reasoning import data, tokenizer, train
+from rl_reasoning import data, dedup, tokenizer, train
 from rl_reasoning.config import ConfigError, check, coerce, one_line, to_dict
 from rl_reasoning.data_kept import at_least
 from rl_reasoning.tasks import dataset
@@ -182,6 +182,21 @@ def duplicates() -> Callable[[Row], str]:
   return why
 
 
+def near_duplicates(*, threshold: float = 0.8) -> Callable[[Row], str]:
+  """Of rows whose words are that alike (Jaccard similarity, dedup.py) the first."""
+  if not 0 < threshold <= 1:
+    raise ValueError(f'threshold {threshold} is not in (0, 1]')
+  seen: list[Callable[[Row], bool]] = []
+
+  def why(row: Row) -> str:
+    seen[:] = seen or [dedup.nearly_seen(threshold)]
+    if 'messages' in row:
+      row = {'prompt': row['messages']}
+    return 'seen' if seen[0](row) else ''
+
+  return why
+
+
 def per_prompt(*, most: int) -> Callable[[Row], str]:
   """The first so many rows of a prompt."""
   if most < 1:
@@ -206,6 +221,7 @@ FILTERS: dict[str, Callable[..., Callable[[Row], str]]] = {
   'code_blocks': code_blocks,
   'reward': reward,
   'duplicates': duplicates,
+  'near_duplicates': near_duplicates,
   'per_prompt': per_prompt,
 }
 

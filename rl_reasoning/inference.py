@@ -10,6 +10,8 @@ scale = {'step by step': {'method': 'zero_shot'}, 'voting': {'method': 'vote', '
                   geometric mean (both of the distribution sampled from; the second is the "normalized" sum of 2203.11171, table 1)
   best_of_n       the sample of k that `by` likes best: a reward model, or 'oracle', the verifier, which is given the gold answer: pass@k
   budget_forcing  thinking of at least and at most so many tokens, a point for each pair of `budgets` (s1, 2501.19393): rounds.force_budget
+  conditioned     one completion with `label` put in before every step, of a policy that learned from steps with labels (return-conditioned
+                  RL, 2403.04642; `generate.keep` conditioned makes such data)
   beam_search     steps chosen by the reward model `by`, a point for each number of `beams` (2408.03314): rounds.beam_search. The answer
                   is the one with the largest sum of sigmoid(score) over the last beams. An outcome model has seen whole completions only;
                   what it says of beginnings is its extrapolation

@@ -205,6 +205,19 @@ class BudgetForcing(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditioned(Method):
+  label: str  # stands before every step: the `good` of the data that the policy learned from
+  step_separator: str = '\n'  # ends a step
+
+  def refusals(self) -> dict[str, bool]:
+    return {**super().refusals(), 'label': not self.label, 'step_separator': not self.step_separator}
+
+  def make(self, source: Source, asked: Asked) -> list[Made]:
+    chains = rounds.put_before_steps(source, asked.prompts, asked.problems, self.label, self.step_separator, asked.rows)
+    return [Made(chain, len(chain.ids)) for chain in chains]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamSearch(Method):
   by: str
   beams: tuple[int, ...] = (1, 2, 4)  # a point each
@@ -255,6 +268,7 @@ METHODS: dict[str, type[Method]] = {
   'weighted_vote': WeightedVote,
   'best_of_n': BestOfN,
   'budget_forcing': BudgetForcing,
+  'conditioned': Conditioned,
   'beam_search': BeamSearch,
 }
 

@@ -2,9 +2,10 @@
 
   python -m rl_reasoning.pipeline --config=configs/demo.py --workdir=runs/demo [--plan] [--rerun=STAGE,STAGE] [--overwrite]
 
-A pipeline config's get_config returns {'stages': {name: settings}}. A stage is a train run, a generation, a filter, an evaluation or an
-export (stages.py). '{workdir}' in a text is the pipeline's own workdir, so that a stage starts from another's checkpoint by
-`roles.policy.init = '{workdir}/base'`, and reads the rows that another has made by `data.path = '{workdir}/sample/data.jsonl'`.
+A pipeline config's get_config returns {'stages': {name: settings}}. A stage is a train run, a generation, a filter, an evaluation, a
+curve of inference-time scaling or an export (stages.py). '{workdir}' in a text is the pipeline's own workdir, so that a stage starts from
+another's checkpoint by `roles.policy.init = '{workdir}/base'`, and reads the rows that another has made by
+`data.path = '{workdir}/sample/data.jsonl'`.
 
 The same command goes on after an interruption, wherever that came. manifest.json tells what each stage was made from (manifest.py): one
 that is done is skipped. A stage has changed when its config has, when what it reads is no longer the same by content, or when its output is

@@ -1,5 +1,5 @@
-"""Completions made in rounds: a round goes on from the token ids of the one before, with text put in between (budget forcing) or only the
-best beginnings kept (beam search).
+"""Completions made in rounds: a round goes on from the token ids of the one before, with text put in between (budget forcing, labels
+before steps) or only the best beginnings kept (beam search).
 
 Exact: a round continues ids and never text that was encoded anew, and a slot's random numbers are one stream, consumed token by token, so
 that a completion that nothing interferes with is the one that a single round would have given (to rounding: its keys and values come from a
@@ -206,6 +206,28 @@ def force_budget(source: Source, prompts: Sequence[list[int]], problems: Sequenc
   for i, drawn in zip(left, draw(left, answer, tok.end_ids) if left else [], strict=True):
     chains[i].add(drawn, len(drawn.ids))
     chains[i].ended = drawn.ended
+  return chains
+
+
+def put_before_steps(
+  source: Source, prompts: Sequence[list[int]], problems: Sequence[int], text: str, separator: str, rows: int
+) -> list[Chain]:
+  """One completion of each prompt, in which `text` is put in before every step: what a policy that learned from labelled steps is told to
+  expect of the next one (2403.04642). It is part of the completion and of its limit."""
+  tok, limit = source.run.tokenizer, source.settings.max_completion_length
+  label, stops = tok.encode(text), tuple(sorted({*tok.end_ids, *ids_with(tok, separator)}))
+  chains = [Chain(prompt) for prompt in prompts]
+  going = [i for i in range(len(chains)) if len(label) < limit]
+  while going:
+    for i in going:
+      chains[i].put(label)
+    asked, used = [chains[i].whole for i in going], [[chains[i].used] for i in going]
+    drawn = source.draw(asked, [problems[i] for i in going], [[0]] * len(going), used, limit, stops, rows)
+    for i, (d,) in zip(going, drawn, strict=True):
+      ids = d.ids[: limit - len(chains[i].ids)]
+      chains[i].add(d, upto(tok, ids, separator) or len(ids))
+      chains[i].ended = chains[i].ids[-1] in tok.end_ids
+    going = [i for i in going if not chains[i].ended and len(chains[i].ids) + len(label) < limit]
   return chains
 
 

@@ -5,6 +5,7 @@ A stage is a train config, or has one of these sections, which says what it is:
   generate   datagen.py: data sampled from a checkpoint
   filter     filters.py: rows of earlier stages and of files, filtered and joined
   evaluate   {'checkpoint': RUN_OR_WEIGHTS}: evaluate.py, beside the keys of an evaluation
+  scale      inference.py: methods of inference-time scaling on roles.policy.init
   export     {'checkpoint': RUN}: a Hugging Face folder, for transformers and for later stages
 
 Train and export stages give weights, '{workdir}/STAGE'; generations and filters give data, '{workdir}/STAGE/data.jsonl'.
@@ -21,7 +22,18 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from rl_reasoning import build, checkpoint, config as config_lib, datagen, evaluate, evaluators, filters, train, weights
+from rl_reasoning import (
+  build,
+  checkpoint,
+  config as config_lib,
+  datagen,
+  evaluate,
+  evaluators,
+  filters,
+  inference,
+  train,
+  weights,
+)
 from rl_reasoning.config import check, coerce, flatten, to_dict
 from rl_reasoning.objectives import reward_model
 
@@ -191,6 +203,33 @@ def run_evaluate(settings: Settings, workdir: str, overwrite: bool) -> dict[str,
   )
 
 
+def scaled(settings: Settings) -> tuple[inference.Job, str]:
+  """(job, checkpoint); on the command line --checkpoint stands for roles.policy.init. Raises ConfigError."""
+  roles = settings.get('roles', {})
+  policy = roles.get('policy', {})
+  source = policy.get('init', '')
+  check(bool(source), "config key 'roles.policy.init' is empty: it names what the methods of scale sample from")
+  others = {name: role for name, role in {**roles, 'policy': without(policy, 'init')}.items() if role}
+  return inference.resolve({**without(settings, 'roles'), **({'roles': others} if others else {})}), source
+
+
+def check_scale(settings: Settings, absent: Sequence[str]) -> None:
+  job, source = scaled(settings)
+  inits = {'policy': source, **{f'reward.{name}': role.init for name, role in config_lib.reward_roles(job.config).items()}}
+  for role, init in inits.items():
+    check(init in absent or pathlib.Path(init).exists(), f"config key 'roles.{role}.init': {init!r} does not exist")
+
+
+def scale_config(settings: Settings) -> dict[str, Any]:
+  job, source = scaled(settings)
+  methods = {name: dataclasses.asdict(method) for name, method in job.methods.items()}
+  return {**to_dict(job.config), 'scale': methods, 'checkpoint': source}
+
+
+def run_scale(settings: Settings, workdir: str, overwrite: bool) -> dict[str, Any]:
+  return {**inference.scale(*scaled(settings), workdir, overwrite), 'evaluators': {}}
+
+
 def check_export(settings: Settings, absent: Sequence[str]) -> None:
   other = sorted(settings.keys() - {'export'})
   check(not other, f'config keys that cannot act beside a section export: {", ".join(other)}')
@@ -218,6 +257,7 @@ KINDS: dict[str, Kind] = {
   'generate': Kind(check_generate, generate_config, ('mesh', 'data.cache_dir'), run_generate, DATA_FILE),
   'filter': Kind(check_filter, lambda s: {'filter': to_dict(filters.resolve(s))}, (), run_filter, DATA_FILE),
   'evaluate': Kind(check_evaluate, evaluate_config, ('mesh', 'data.cache_dir'), run_evaluate, 'evaluation.json'),
+  'scale': Kind(check_scale, scale_config, ('mesh', 'data.cache_dir'), run_scale, 'scale.json'),
   'export': Kind(check_export, dict, (), run_export, ''),
 }
 

@@ -599,8 +599,9 @@ def test_configs(monkeypatch):
     build.check_splits(resolved, objective)
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
-  for file in ('rlhf_nano', 'best_of_k'):
-    pipeline.check_stages(config.read_file(f'configs/{file}.py')['stages'], '/no/such')
+  given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
+  for file in ('rlhf_nano', 'best_of_k', 'return_conditioned', *given):
+    pipeline.check_stages(config.read_file(f'configs/{file}.py:{given.get(file, "seed=0")}')['stages'], '/no/such')
 
 
 def test_batch_sizes():

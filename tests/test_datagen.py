@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import random
+import re
 import types
 
 import numpy as np
@@ -439,6 +440,20 @@ def test_steps_of_a_checkpoint(speaker, tmp_path):
   assert {p for call in speaker.asked[1:] for p in call['prompts']} == wanted
 
 
+def test_conditioned_on_what_came_of_it(speaker, tmp_path):
+  """Failure: a label stands behind its step or before another, is the wrong one at the threshold, or a text loses a step."""
+  options = {'keep': 'conditioned', 'step_separator': ';', 'rollouts_per_step': 4, 'size': 4, 'good': '^', 'bad': '~'}
+  for threshold, marks in ((0.75, {'^^', '^~'}), (0.8, {'~^', '~~'})):
+    folder = tmp_path / str(threshold)
+    datagen.generate(datagen.resolve(settings_of(tmp_path / 'cache', **options, threshold=threshold)), str(folder))
+    rows = read(folder)
+    assert {row['completion'][0] + row['completion'].partition(';')[2][0] for row in rows} == marks
+    assert all(row['completion'].count('^') + row['completion'].count('~') == 2 for row in rows)
+    texts = {re.sub('[~^]', '', row['completion']) for row in rows}
+    lines = [json.loads(line) for line in (folder / 'samples' / 'samples.jsonl').read_text().splitlines()]
+    assert texts <= {s['completion'] for s in lines} and all(row.keys() == {'prompt', 'completion'} for row in rows)
+
+
 def test_rounds_ask_other_problems(tmp_path):
   """Failure: a second round asks what the first has asked, in another order than training reads it, or a prompt is asked twice."""
   chosen = settings_of(tmp_path, size=20)
@@ -531,6 +546,9 @@ REFUSED = [
   ({'generate.rollouts_per_step': 2}, "'generate.rollouts_per_step' cannot act: it is for generate.keep steps"),
   ({'generate.keep': 'steps', 'generate.step_separator': ''}, "'generate.step_separator': '' is out of range"),
   ({'generate.keep': 'steps', 'generate.rollouts_per_step': 0}, "'generate.rollouts_per_step': 0 is out of range"),
+  ({'generate.good': 'x'}, "'generate.good' cannot act: it is for generate.keep conditioned"),
+  ({'generate.keep': 'conditioned', 'generate.good': 'x', 'generate.bad': 'x'}, "'generate.bad': 'x' is out of range"),
+  ({'generate.keep': 'conditioned', 'generate.threshold': 0.0}, "'generate.threshold': 0.0 is out of range"),
   ({'generate.keep': 'pairs', 'generate.num_samples': 1}, "'generate.num_samples': 1 leaves nothing to compare"),
   ({'generate.keep': 'ranking', 'generate.max_per_prompt': 1}, "'generate.max_per_prompt': 1 leaves nothing to compare"),
   ({'generate.keep': 'best', 'rewards': {'functions': (), 'weights': ()}}, "'rewards.functions': empty"),

@@ -8,6 +8,7 @@ import pytest
 from rl_reasoning import data, filters, tokenizer
 from rl_reasoning.config import ConfigError, Data
 
+NUMBERS = ' '.join(map(str, range(20)))
 GOOD = '<think>Two and two are four.</think><answer>4</answer>'
 
 
@@ -80,6 +81,11 @@ JUDGED = [  # step, (row, why it is dropped)
   (
     {'name': 'duplicates'},
     [(row('a b'), ''), (row('a  b\n'), 'seen'), (row('A b'), ''), (row('a b', 'Q '), 'seen'), (row('a b', 'p'), ''), (row('ab'), '')],
+  ),
+  (
+    {'name': 'near_duplicates', 'threshold': 0.6},
+    [(row(f'First add {NUMBERS} and stop.'), ''), (row(f'first, add {NUMBERS} and go.'), 'seen'), (row('Something else'), ''),
+     ({'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': f'First add {NUMBERS} and stop.'}]}, 'seen')],
   ),
   ({'name': 'per_prompt', 'most': 2}, [(row('a'), ''), (row('b', 'Q'), ''), (row('c'), 'over'), (row('a', 'p'), ''), (row('d'), 'over')]),
 ]  # fmt: skip

@@ -185,6 +185,22 @@ def test_tag_of_several_tokens(words):
   assert rounds.ids_with(TOKENIZER, ';') == (SEMICOLON,)
 
 
+@pytest.mark.parametrize('limit', [3, 9, 24])
+def test_labels_before_steps(limit, words):
+  """Failure: a step has no label or two, the policy goes on from a text without them, a number is drawn twice, or the limit is passed."""
+  chains = rounds.put_before_steps(source(limit), PROMPTS, PROBLEMS, 'GO', ';', 5)
+  for chain in chains:
+    text = ''.join(word if drawn else '|' for drawn, word in runs(chain))
+    assert text[0] == '|' and all(piece.endswith(';') and piece.count(';') == 1 for piece in text[1:].split('|')[:-1])
+    assert all(word == 'GO' for drawn, word in runs(chain) if not drawn) and len(chain.ids) <= limit
+    assert chain.ended == (chain.ids[-1] == END) and chain.used == sum(chain.sampled)
+    assert chain.ended or limit - len(chain.ids) <= 2  # no room for a label and a step
+    log = [weights_after(tuple(chain.whole[n - 2 : n]))[WORDS.index(i)] for n, i in enumerate(chain.whole) if n >= len(chain.prompt)
+           and chain.sampled[n - len(chain.prompt)]]  # fmt: skip
+    assert chain.logp == pytest.approx(np.log(log).sum(), rel=1e-6)
+  assert limit < 24 or any(chain.sampled.count(0) > 4 for chain in chains)
+
+
 def search(beams, expansions, score, max_steps=40, rows=5, at=slice(None), drawn=None, separator=';'):
   how = Beams(beams, expansions, separator, max_steps)
   return rounds.beam_search(drawn or source(), PROMPTS[at], PROBLEMS[at], how, score, rows * beams)
@@ -373,6 +389,8 @@ REFUSED = [
   ({'method': 'beam_search', 'by': 'rm', 'beams': (0,)}, "'scale.it.beams': (0,) is out of range"),
   ({'method': 'beam_search', 'by': 'rm', 'expansions': 0}, "'scale.it.expansions': 0 is out of range"),
   ({'method': 'beam_search', 'by': 'rm', 'step_separator': ''}, "'scale.it.step_separator': '' is out of range"),
+  ({'method': 'conditioned'}, "'scale.it.label' is missing"),
+  ({'method': 'conditioned', 'label': ''}, "'scale.it.label': '' is out of range"),
   ({'method': 'budget_forcing'}, "'scale.it.budgets' is missing"),
   ({'method': 'budget_forcing', 'budgets': ((4, 3),)}, "'scale.it.budgets': ((4, 3),) is out of range"),
   ({'method': 'budget_forcing', 'budgets': (3,)}, "'scale.it.budgets[0]': 3 is not a tuple"),
@@ -399,6 +417,7 @@ SCALE = {
   'budget': {'method': 'budget_forcing', 'budgets': ((0, 4), (8, 12)), 'max_answer': 4},
   'beam': {'method': 'beam_search', 'by': 'rm', 'beams': (2,), 'expansions': 2, 'step_separator': ';', 'max_steps': 2},
   'shown': {'method': 'few_shot', 'shots': 2},
+  'told': {'method': 'conditioned', 'label': '!', 'step_separator': ';'},
 }
 
 
@@ -504,7 +523,9 @@ def test_interrupted_and_finished(speaker, tmp_path, capsys):
     'samples',
   }
   assert json.loads((tmp_path / 'whole' / 'scale.json').read_text()) == whole and list(whole['methods']) == list(SCALE)
-  assert set(contents(tmp_path / 'whole')) == {f'{n}.jsonl' for n in ('voting', 'budget 0-4', 'budget 8-12', 'beam 2', 'shown')}
+  assert set(contents(tmp_path / 'whole')) == {
+    f'{n}.jsonl' for n in ('voting', 'budget 0-4', 'budget 8-12', 'beam 2', 'shown', 'told')
+  }
   for dies in (2, calls - 1):
     speaker.calls.clear()
     speaker.dies, folder = dies, tmp_path / f'cut{dies}'
@@ -607,5 +628,5 @@ def test_config_file():
     assert ('beam by process' in job.methods) == bool(arguments) and set(job.config.roles.reward) == (
       {'outcome', 'process'} if arguments else set()
     )
-  stages = config.read_file('configs/scale.py:stage=models,base=tests/fixtures/llama')['stages']
-  assert list(stages) == ['labels', 'outcome', 'steps', 'process']
+  stages = config.read_file('configs/scale.py:stage=all,base=tests/fixtures/llama')['stages']
+  assert list(stages) == ['labels', 'outcome', 'steps', 'process', 'curve']

@@ -248,6 +248,12 @@ BAD = [
     "in an evaluation:\n  'total_steps'",
   ),
   ({'x': {'evaluate': {'checkpoint': '{workdir}/base'}}}, "'eval.evaluators' is empty"),
+  ({'x': {'scale': {'v': {'method': 'vote'}}}}, "'roles.policy.init' is empty: it names what the methods"),
+  (
+    {'x': {'scale': {'v': {'method': 'vote'}}, 'roles': {'policy': {'init': '/no/such'}}}},
+    "'roles.policy.init': '/no/such' does not exist",
+  ),
+  ({'x': {'scale': {'v': {'method': 'bote'}}, **BASE}}, "'scale.v.method': 'bote' is none of"),
   ({'x': {**GENERATE, 'filter': {'inputs': {'r': 'x'}}}}, 'sections generate and filter: a stage is one of them'),
   (
     {'x': {**SFT, 'roles': {'policy': {'init': '{workdir}/base', 'tokenizer': '{workdir}/base'}}}},
@@ -332,6 +338,10 @@ def micro(cache: str, general: str) -> dict:
     },
     'measured': {**measured, 'evaluate': {'checkpoint': '{workdir}/tuned'}},
     'exported': {'export': {'checkpoint': '{workdir}/tuned'}},
+    'curve': {
+      'roles': {'policy': {'init': '{workdir}/tuned'}}, 'data': measured['data'], 'rollout': rollout, 'eval': {'size': 16, 'batch_size': 8},
+      'scale': {'voting': {'method': 'vote', 'num_samples': (1, 4)}},
+    },
     'again': {**measured, 'evaluate': {'checkpoint': '{workdir}/exported'}, 'roles': {'policy': {'tokenizer': 'bytes'}}},
   }  # fmt: skip
 
@@ -349,10 +359,12 @@ def timeless(value):
 def outcome(workdir) -> dict:
   """All that two pipelines must share, but for the runs."""
   entries = json.loads((workdir / 'manifest.json').read_text())['stages']
-  for name in ('measured', 'again'):
+  for name in ('measured', 'again', 'curve'):
     entries[name].pop('output')  # the hash of a file with seconds in it
   samples = {
-    f'{d}/{f.name}': f.read_bytes() for d in ('sample', 'measured', 'again') for f in (workdir / d / 'samples').glob('*.jsonl')
+    f'{d}/{f.name}': f.read_bytes()
+    for d in ('sample', 'measured', 'again', 'curve')
+    for f in (workdir / d / 'samples').glob('*.jsonl')
   }
   return {
     'entries': timeless(entries), 'summary': timeless(json.loads((workdir / 'summary.json').read_text())),

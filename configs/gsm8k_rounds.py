@@ -1,0 +1,72 @@
+"""One round of rejection sampling with SmolLM2-135M-Instruct on GSM8K, and what voting and best-of-n add: R1's stages on real questions.
+
+Weights and data as in configs/grpo_gsm8k.py.
+Command:  python -m rl_reasoning.pipeline --config=configs/gsm8k_rounds.py:weights=FILE.gguf,data=FOLDER --workdir=runs/gsm8k_rounds
+Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
+
+  sft         one pass over `chains` of GSM8K's training chains, in the format
+  sft_curve   held-out accuracy, greedy, and of voting and best-of-n over 4 samples
+  sampled     4 samples each on 300 other training questions; those that are right and in the format stay
+  kept        of these what does not loop, each text once
+  again       SFT goes on with them
+  again_curve the same as sft_curve
+"""
+
+
+def get_config(
+  weights: str = '', data: str = '', seed: int = 0, chains: int = 1000, questions: int = 300, eval_size: int = 200
+) -> dict:
+  asked = {'task': 'gsm8k', 'path': data, 'train_size': chains + questions, 'max_prompt_length': 384}  # in one order of the seed
+  template = {'template': 'chat_think'}
+  rollout = {'max_completion_length': 192, 'chunk': 64}
+
+  def sft(init: str, rows: dict, steps: int, learning_rate: float) -> dict:
+    return {
+      'seed': seed,
+      'total_steps': steps,
+      'log_every': 5,
+      'roles': {'policy': {'init': init, **template}},
+      'data': {**rows, 'batch_size': 8, 'max_length': 640},
+      'objective': {'name': 'sft'},
+      'optim': {'learning_rate': learning_rate, 'schedule': 'linear', 'warmup_updates': 5, 'micro_batch': 4},
+      'checkpoint': {'every': 25, 'keep': 1},
+    }
+
+  def curve(stage: str) -> dict:
+    sampled = {'temperature': 0.7, 'num_samples': (1, 2, 4)}
+    return {
+      'roles': {'policy': {'init': f'{{workdir}}/{stage}', **template}},
+      'data': {'task': 'gsm8k', 'path': data, 'max_prompt_length': 384},
+      'rollout': rollout,
+      'eval': {'size': eval_size, 'batch_size': 20},
+      'scale': {
+        'greedy': {'method': 'zero_shot', 'instruction': ''},
+        'voting': {'method': 'vote', **sampled},
+        'by likelihood': {'method': 'weighted_vote', 'by': 'likelihood_per_token', **sampled},
+        'verifier': {'method': 'best_of_n', 'by': 'oracle', **sampled},
+      },
+    }
+
+  return {
+    'stages': {
+      'sft': sft(weights, {k: v for k, v in asked.items() if k != 'max_prompt_length'}, chains // 8, 2e-4),
+      'sft_curve': curve('sft'),
+      'sampled': {
+        'seed': seed,
+        'roles': {'policy': {'init': '{workdir}/sft', **template}},
+        'data': asked,
+        'rollout': rollout,
+        'rewards': {'functions': ('accuracy', 'format')},
+        'generate': {
+          'keep': 'reasoning', 'verify': 'always', 'first': chains, 'size': questions, 'num_samples': 4, 'temperature': 0.7,
+          'batch_size': 20, 'seed': seed,
+        },
+      },
+      'kept': {'filter': {
+        'inputs': {'sampled': '{workdir}/sampled/data.jsonl'},
+        'steps': ({'name': 'repetition', 'ngram_size': 10, 'most': 0.2}, {'name': 'duplicates'}),
+      }},
+      'again': sft('{workdir}/sft', {'task': 'dataset', 'path': '{workdir}/kept/data.jsonl'}, 12, 5e-5),
+      'again_curve': curve('again'),
+    }
+  }  # fmt: skip
