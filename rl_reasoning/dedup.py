@@ -89,7 +89,7 @@ def nearly_seen(threshold: float) -> Callable[[Mapping[str, Any]], bool]:
 
   check(0 < threshold <= 1, f'near duplicates: a similarity of {threshold} is not in (0, 1]')
   index = datasketch.MinHashLSH(num_perm=HASHES, params=bands(threshold))
-  sketches: list[Any] = []  # of the rows that are new, by their number
+  sketches: dict[Any, Any] = {}  # of the rows that are new, by their number
 
   def seen(row: Mapping[str, Any]) -> bool:
     some = words_of(row)
@@ -99,7 +99,7 @@ def nearly_seen(threshold: float) -> Callable[[Mapping[str, Any]], bool]:
     if any(sketches[key].jaccard(sketch) >= threshold for key in index.query(sketch)):
       return True
     index.insert(len(sketches), sketch)
-    sketches.append(sketch)
+    sketches[len(sketches)] = sketch
     return False
 
   return seen
