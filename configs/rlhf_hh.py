@@ -20,7 +20,7 @@ def get_config(
   shared = {
     'data': {
       'mixture': {'helpful': prompts('helpful', part='gt'), 'harmless': prompts('harmless', test_share=0.3)},
-      'max_prompt_length': 192,
+      'max_prompt_length': 256,
     },
     'rollout': {'max_completion_length': 48, 'chunk': 48},
     'rewards': {
