@@ -1,47 +1,52 @@
-"""DeepSeek-R1 (2501.12948) end to end at nano scale: every stage of configs/r1.py on two CPU cores, from nothing.
+"""DeepSeek-R1 (2501.12948) end to end at nano scale: the stages of configs/r1.py on two CPU cores, from nothing.
 
 Command:  make r1-nano     (python -m rl_reasoning.pipeline --config=configs/r1_nano.py:seed=0 --workdir=runs/r1_nano)
 Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_nano_2 --out=docs/results/r1_nano.json
             --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,
-            8 samples/length"  (in one line)
-            --compare=rl1_eval:rl1_free_eval,student_distilled_eval:student_rl_eval
+            8 samples/rewards/mixed,8 samples/length"  (in one line)
+            --compare=r1_zero_consistent_eval:r1_zero_eval,rl2_general_eval:r1_zero_eval,student_distilled_eval:student_rl_eval
 Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
-<think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, less so in Russian
-than in English, mixes both, and answers half of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
+<think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, in English more so where he
+adds and in Russian where he subtracts, so that it pays to mix; he does, and answers half of the problems at once. The general task is the
+reviews of configs/rlhf_nano.py.
 
   base                     SFT on the careless author and on reviews: what stands for the pretrained model
   r1_zero                  GRPO from the base on accuracy and format alone; the reference is replaced every `sync` updates
-  cold_sampled, cold       its samples, those kept that are right, readable and in English
-  sft1, rl1                SFT of the base on them; GRPO with the language-consistency reward.   rl1_free: the same without it
+  r1_zero_consistent       the same with the language-consistency reward: what it does to mixing, and what it costs
+  zero_, base_sampled      samples of r1_zero, and of the base where r1_zero hardly writes English any more
+  cold                     of these what is right, readable and in English
+  sft1, rl1                SFT of the base on it; GRPO with the language-consistency reward
   sampled, reasoning       rejection sampling from rl1
   rm_helpful, rm_safe      reward models of reviews: helpful from rankings, safe (nothing claimed that was not asked for) from labels
   general                  reviews: the best of 4 samples by rm_helpful
   sft2                     SFT of the base on both
   rl2, rl2_general         GRPO: rules; then rules on arithmetic and reward models on reviews
-  student_base             a model of a fifth of the parameters, trained as the base
-  student_distilled        its SFT on the data of sft2.   student_clean: on chains of an author without errors, as many steps
-  student_rl               GRPO on it with the rewards of r1_zero, for at least the time that distillation takes
-  NAME_eval                held-out problems, the same for all
+  student_base             a model of a quarter of the parameters, trained as the base
+  student_distilled        its SFT on the data of sft2.   student_clean: on as many chains of an author without errors, as many steps
+  student_rl               GRPO on it with the rewards of r1_zero; `seconds` of the report tell what either cost
+  NAME_eval                held-out problems, the same for all;   NAME_reviews: gold reward of reviews, which no stage sees
 """
 
 TASK = {'operands': 4, 'low': 3, 'high': 9}
 AUTHOR = {
-  'styles': {'direct': 0.5, 'sloppy': 0.5}, 'sloppiness': {'en': 0.7, 'ru': 0.55}, 'languages': {'en': 1.0, 'ru': 1.0}, 'mixing': 0.3,
+  'styles': {'direct': 0.5, 'sloppy': 0.5}, 'sloppiness': {'en': {'+': 0.75, '-': 0.5}, 'ru': {'+': 0.5, '-': 0.75}},
+  'languages': {'en': 1.0, 'ru': 1.0}, 'mixing': 0.3,
 }  # fmt: skip
 STUDENT = {'hidden_size': 48, 'intermediate_size': 128, 'num_hidden_layers': 2}
 
 
 def get_config(
-  seed: int = 0, scale: float = 1.0, language_weight: float = 1.0, sync: int = 100, eval_size: int = 400, eval_seed: int = 2
+  seed: int = 0, scale: float = 1.0, language_weight: float = 1.0, sync: int = 50, eval_size: int = 400, eval_seed: int = 2
 ) -> dict:
   def scaled(count: int) -> int:
     return max(2, round(count * scale))
 
-  rollout = {'max_completion_length': 60}
+  rollout = {'max_completion_length': 56}  # a clean chain has 45 tokens at most; with the prompt they fill 64
   rules = {'functions': ('accuracy', 'format'), 'weights': (1.0, 0.2)}
   consistent = {'functions': ('accuracy', 'format', 'language'), 'weights': (1.0, 0.2, language_weight)}
+  measured = {'functions': (*consistent['functions'], 'mixed'), 'weights': (*consistent['weights'], 0.0)}
   sums = {'task': 'arithmetic', 'train_size': 20_000, 'options': TASK}
   reviews = {'task': 'reviews', 'train_size': 8000, 'options': {'rows': 'prompts'}}
   saved = {'checkpoint': {'every': 50, 'keep': 1}}
@@ -50,10 +55,23 @@ def get_config(
     return {
       'data': {'task': 'arithmetic', 'options': TASK, 'max_prompt_length': 16},
       'rollout': rollout,
-      'rewards': consistent,
+      'rewards': measured,
       'eval': {
         'size': eval_size, 'batch_size': min(200, eval_size), 'seed': eval_seed,
         'evaluators': {'greedy': {}, '8 samples': {'num_samples': 8, 'temperature': 1.0}},
+      },
+      'evaluate': {'checkpoint': f'{{workdir}}/{stage}'},
+    }  # fmt: skip
+
+  def evaluation_of_reviews(stage: str) -> dict:
+    return {
+      'roles': {'reward': helpful | safe},
+      'data': {'task': 'reviews', 'options': {'rows': 'prompts'}, 'max_prompt_length': 16},
+      'rollout': rollout,
+      'rewards': {'functions': ('gold_reviews', 'helpful', 'safe'), 'weights': (1.0, 0.0, 0.0)},
+      'eval': {
+        'size': eval_size // 4, 'batch_size': min(100, eval_size // 4), 'seed': eval_seed,
+        'evaluators': {'samples': {'num_samples': 2, 'temperature': 1.0}},
       },
       'evaluate': {'checkpoint': f'{{workdir}}/{stage}'},
     }  # fmt: skip
@@ -104,6 +122,14 @@ def get_config(
       'data': {'task': 'reviews', 'train_size': 8000, 'options': {'rows': rows}, 'batch_size': 64, 'max_length': 64},
       'objective': objective,
       'optim': {'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_updates': 10},
+      'eval': {
+        'every': scaled(120),
+        'at_start': False,
+        'size': eval_size,
+        'batch_size': min(100, eval_size),
+        'seed': eval_seed,
+        'evaluators': {'held out': {'kind': 'ranking'}},
+      },
       **saved,
     }
 
@@ -121,15 +147,19 @@ def get_config(
   final = {'task': 'dataset', 'path': '{workdir}/sft2_data/data.jsonl'}
   stages = {
     'base': sft(author, 900, 2e-3, '', model={'preset': 'nano'}),
-    'r1_zero': rl('{workdir}/base', 150, rules, beta=0.001, ref_model_sync_updates=sync),
-    'cold_sampled': sample('{workdir}/r1_zero', sums, rules, keep='correct', size=scaled(500), num_samples=8, max_per_prompt=8),
+    'r1_zero': rl('{workdir}/base', 120, rules, beta=0.001, ref_model_sync_updates=sync),
+    'r1_zero_consistent': rl('{workdir}/base', 120, consistent, beta=0.001, ref_model_sync_updates=sync),
+    'zero_sampled': sample('{workdir}/r1_zero', sums, rules, keep='correct', size=scaled(500), num_samples=8, max_per_prompt=8),
+    'base_sampled': sample(
+      '{workdir}/base', sums, rules, keep='correct', first=scaled(500), size=scaled(1000), num_samples=8, max_per_prompt=8,
+    ),
     'cold': {'filter': {
-      'inputs': {'r1_zero': '{workdir}/cold_sampled/data.jsonl'}, 'steps': (*readable, {'name': 'per_prompt', 'most': 2}),
+      'inputs': {'r1_zero': '{workdir}/zero_sampled/data.jsonl', 'base': '{workdir}/base_sampled/data.jsonl'},
+      'steps': (*readable, {'name': 'per_prompt', 'most': 2}),
     }},
     'sft1': sft({'task': 'dataset', 'path': '{workdir}/cold/data.jsonl'}, 100),
-    'rl1': rl('{workdir}/sft1', 80, consistent),
-    'rl1_free': rl('{workdir}/sft1', 80, rules),
-    'sampled': sample('{workdir}/rl1', sums, rules, keep='correct', first=scaled(500), size=scaled(1500), num_samples=4, max_per_prompt=4),
+    'rl1': rl('{workdir}/sft1', 60, consistent),
+    'sampled': sample('{workdir}/rl1', sums, rules, keep='correct', first=scaled(1500), size=scaled(1500), num_samples=4, max_per_prompt=4),
     'reasoning': {'filter': {'inputs': {'rl1': '{workdir}/sampled/data.jsonl'}, 'steps': readable}},
     'rm_helpful': reward_model('rankings', {'name': 'reward_model'}),
     'rm_safe': reward_model('labels', {'name': 'outcome_reward_model'}),
@@ -138,7 +168,7 @@ def get_config(
     ),
     'sft2_data': {'filter': {
       'inputs': {'reasoning': '{workdir}/reasoning/data.jsonl', 'general': '{workdir}/general/data.jsonl'},
-      'steps': ({'name': 'duplicates'},), 'sizes': {'reasoning': scaled(1800), 'general': scaled(600)}, 'seed': seed,
+      'steps': ({'name': 'duplicates'},), 'sizes': {'reasoning': scaled(1200), 'general': scaled(400)}, 'seed': seed,
     }},
     'sft2': sft(final, 150),
     'rl2': rl('{workdir}/sft2', 40, consistent),
@@ -152,7 +182,9 @@ def get_config(
     ),
     'student_base': sft(author, 900, 2e-3, '', model={'preset': 'nano', 'arch': STUDENT}),
     'student_distilled': sft(final, 300, init='{workdir}/student_base'),
-    'student_clean': sft({**sums, 'options': {**TASK, 'languages': {'en': 1.0}}}, 300, init='{workdir}/student_base'),
+    'student_clean': sft(
+      {**sums, 'train_size': scaled(1200), 'options': {**TASK, 'languages': {'en': 1.0}}}, 300, init='{workdir}/student_base'
+    ),
     'student_rl': rl('{workdir}/student_base', 80, rules),
   }  # fmt: skip
   with_tables: dict = {}
@@ -160,4 +192,6 @@ def get_config(
     with_tables[name] = settings
     if 'objective' in settings and not name.startswith('rm_'):
       with_tables[f'{name}_eval'] = evaluation(name)
+    if name in ('rl2', 'rl2_general'):
+      with_tables[f'{name}_reviews'] = evaluation_of_reviews(name)
   return {'stages': with_tables}

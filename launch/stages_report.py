@@ -3,7 +3,7 @@
   python -m launch.stages_report DIR ... --out=docs/results/NAME.json --metrics=greedy/accuracy,samples/pass@8 [--compare=rl1:rl1_free,...]
 
 reads workdirs of one pipeline, one a seed, writes OUT and prints the tables: mean ± half of the 95 % t-interval over the seeds. A metric is
-EVALUATOR/NAME of eval.jsonl; `--compare=A:B` adds the row A - B.
+EVALUATOR/NAME of summary.json; `--compare=A:B` adds the row A - B.
 """
 
 import json
@@ -32,6 +32,7 @@ def values_of(summary: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, d
 
 
 def report(workdirs: Sequence[str], metrics: Sequence[str], compared: Sequence[tuple[str, str]]) -> dict[str, Any]:
+  check(len({pathlib.Path(workdir).resolve() for workdir in workdirs}) == len(workdirs), 'a workdir is named twice')
   summaries = [read(pathlib.Path(workdir) / 'summary.json') for workdir in workdirs]
   for workdir, summary in zip(workdirs, summaries, strict=True):
     check(list(summary) == list(summaries[0]), f'{workdir}: other stages than {workdirs[0]}')

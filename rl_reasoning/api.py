@@ -311,12 +311,14 @@ class Client:
     body = json.dumps({'model': self.endpoint.model, 'messages': list(request.messages), **request.options}).encode()
     for attempt in range(self.endpoint.attempts):
       if not self.pause(attempt) or not self.reserve(bound):
-        if used.posts:  # it may have cost something
-          self.record(key, Failure(f'{reply.reason}; left after {used.posts} attempts'), used)
+        self.leave(key, reply.reason, used)
         return None
       charged = bound
       try:
         reply, charged = self.post(session, body, bound)
+      except ConfigError as error:
+        self.leave(key, str(error), used)
+        raise
       finally:
         self.settle(bound, charged)
       used = used.plus(charged)
@@ -324,6 +326,8 @@ class Client:
       if not isinstance(reply, Again) or spoilt == MOST_SPOILT:
         break
     if isinstance(reply, Again):
+      if not reply.connected:
+        self.leave(key, reply.reason, used)
       check(reply.connected, f'{self.url} can no longer be reached: {reply.reason}; the same command goes on')
       last, reply = reply, Failure(f'{reply.reason}; {used.posts} attempts')
       if last.hint and not self.answered:  # no chance, which would have spared some other request
@@ -331,6 +335,11 @@ class Client:
         raise ConfigError(f'{self.url}: {last.reason}; {last.hint}')
     self.record(key, reply, used)
     return reply
+
+  def leave(self, key: str, reason: str, used: Usage) -> None:
+    """Records what attempts without an answer may have cost."""
+    if used.posts:
+      self.record(key, Failure(f'{reason}; left after {used.posts} attempts'), used)
 
   def pause(self, attempt: int) -> bool:
     """Waits out the backoff and what Retry-After told anyone: a limit on the rate is the account's. False: the caller has left."""

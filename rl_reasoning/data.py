@@ -325,8 +325,10 @@ def encode_row(row: dict, tokenizer: Tokenizer, template: str) -> tuple[list[int
     return ids, [1] * len(ids)
   if 'messages' not in row:
     check('prompt' in row and 'completion' in row, f'a row has nothing to imitate; columns: {", ".join(row)}')
-    prompt = tokenizer.encode(render_prompt(row['prompt'], template, tokenizer))
-    completion = tokenizer.encode(render_completion(row)) + [tokenizer.end_id]
+    asked, answer = render_prompt(row['prompt'], template, tokenizer), render_completion(row)
+    if asked.rstrip().endswith('<think>'):
+      answer = answer.removeprefix('<think>')  # the template has opened it
+    prompt, completion = tokenizer.encode(asked), tokenizer.encode(answer) + [tokenizer.end_id]
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
   try:
     pieces = render_messages(row['messages'], tokenizer)

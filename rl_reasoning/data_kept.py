@@ -64,8 +64,10 @@ def others(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_imitate(row: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
-  """A demonstration: the policy's own text, which tokenizer.render_completion leaves as it stands."""
-  return {**others(row), 'prompt': row['prompt'], 'completion': sample['completion'], 'reward': sample['reward']}
+  """A demonstration: the policy's own text, with the <think> that its template has opened (data.encode_row leaves it to the template again,
+  and a filter or another template finds it whole)."""
+  text = from_thinking(sample['prompt'], sample['completion'])
+  return {**others(row), 'prompt': row['prompt'], 'completion': text, 'reward': sample['reward']}
 
 
 # What a kind of `keep` makes of one problem: (problem, its samples, settings, counts of what is left out) -> (rows, samples in them).

@@ -92,7 +92,7 @@ ONLY = {
   'rollouts_per_step': BY_STEPS,
   **dict.fromkeys(('good', 'bad', 'threshold'), ('conditioned',)),
   'verify': ('reasoning',),
-  'decontaminate': ('best', 'correct', 'reasoning', 'conditioned'),
+  'decontaminate': ('best', 'correct', 'reasoning'),  # labels between steps would hide what was copied
   'near_duplicates': ('best', 'correct', 'reasoning', 'conditioned'),
 }
 FROM = {

@@ -32,14 +32,19 @@ print(json.loads(rows[0]['row']))
 ```"""
 
 
-def left_out(rows: Sequence[dict], g: Generate, given: Data, seed: int) -> tuple[list[dict], dict[str, int]]:
-  """(rows that remain, counts): without those that evaluations ask, and without near duplicates."""
-  kept, dropped = list(rows), {}
+def evaluation_rows(g: Generate, given: Data, seed: int) -> list[dict]:
+  """The problems of `generate.decontaminate`. Raises ConfigError."""
   evaluation: list[dict] = []
   for name, component in evaluation_sets(g).items():
     key = f'generate.decontaminate.{name}'
     source = data.load_component(given, key, component, 'test', seed, component.train_size or None)
     evaluation += [source[index] for index in range(len(source))]
+  return evaluation
+
+
+def left_out(rows: Sequence[dict], g: Generate, evaluation: Sequence[dict]) -> tuple[list[dict], dict[str, int]]:
+  """(rows that remain, counts): without those that evaluations ask, and without near duplicates."""
+  kept, dropped = list(rows), {}
   if evaluation:
     kept, found = dedup.decontaminate(kept, evaluation, g.ngram)
     dropped |= found

@@ -165,8 +165,11 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
     summary = train.read_json(finished)
     if not (summary.get('not_asked') or summary.get('failed')):  # else more may be had, of what was not bought yet
       return summary
+  evaluation = data_written.evaluation_rows(
+    g, job.config.data, job.config.seed
+  )  # what is wrong with them is told before anything is asked
   made, counted = source.make(rows, folder)
-  made, dropped = data_written.left_out(made, g, job.config.data, job.config.seed)
+  made, dropped = data_written.left_out(made, g, evaluation)
   found = collections.Counter(counted['dropped']) + collections.Counter(dropped)
   counted = {**counted, 'rows': len(made), 'dropped': dict(sorted(found.items()))}
   why = f'; {counted["not_asked"]} were not asked: the limit was {counted["budget_ended_by"]}' if counted.get('not_asked') else ''

@@ -95,7 +95,8 @@ def status(name: str, settings: Settings, workdir: str, manifest: Manifest, done
     why.append(('', f'--workdir: {old["workdir"]} -> {workdir}'))
   if 'output' in old and manifest.identity(output(settings, folder)) != old['output']:
     why.append(('', 'its output is not what it left'))
-  return Status('changed' if why else 'done' if 'output' in old else 'partly', tuple(why), waits)
+  whole = 'output' in old and not any(old['metrics'].get(key) for key in ('not_asked', 'failed'))  # else there is more to be had
+  return Status('changed' if why else 'done' if whole else 'partly', tuple(why), waits)
 
 
 def statuses(stages: Mapping[str, Settings], workdir: str, manifest: Manifest) -> dict[str, Status]:

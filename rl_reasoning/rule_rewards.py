@@ -16,7 +16,7 @@ from rl_reasoning.tokenizer import TAGS, from_thinking, split_completion
 from rl_reasoning.verify.answers import verdicts
 from rl_reasoning.verify.code import Job, complete, extract_program, run
 from rl_reasoning.verify.math import check_countdown, extract_answer
-from rl_reasoning.verify.text import LANGUAGES, chain_of_thought, count_steps, language_share, repeated_share
+from rl_reasoning.verify.text import LANGUAGES, chain_of_thought, count_steps, is_mixed, language_share, repeated_share
 
 
 def last_text(message: Any) -> str:
@@ -104,6 +104,11 @@ def language(prompts, completions, completion_ids=None, *, language: str = 'en',
   empty chain. The paper counts words and names no detector; here it is the script of the letters (verify.text.language_share)."""
   check_option('language', 'language', language in LANGUAGES, f'{language!r} is none of {", ".join(LANGUAGES)}')
   return [language_share(chain_of_thought(whole_text(p, c)), language) for p, c in zip(prompts, completions, strict=True)]
+
+
+def mixed(prompts, completions, completion_ids=None, **columns) -> list[float]:
+  """1 where the chain of thought is in several languages (verify.text.is_mixed): to be measured, or paid with a negative weight."""
+  return [float(is_mixed(chain_of_thought(whole_text(p, c)))) for p, c in zip(prompts, completions, strict=True)]
 
 
 def check_option(function: str, key: str, condition: bool, message: str) -> None:

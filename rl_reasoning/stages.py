@@ -26,6 +26,7 @@ from rl_reasoning import (
   build,
   checkpoint,
   config as config_lib,
+  data_settings,
   datagen,
   evaluate,
   evaluators,
@@ -39,6 +40,7 @@ from rl_reasoning.objectives import reward_model
 
 Settings = Mapping[str, Any]
 DATA_FILE = 'data.jsonl'
+BUYING = tuple(f'generate.api.{key}' for key in data_settings.BUYING)  # where and when an answer is bought, and not which
 WEIGHTS, DATA, TOKENIZER = ('train', 'export'), ('generate', 'filter'), ('export',)  # kinds of stages that give them
 
 
@@ -206,7 +208,8 @@ def run_evaluate(settings: Settings, workdir: str, overwrite: bool) -> dict[str,
 def scaled(settings: Settings) -> tuple[inference.Job, str]:
   """(job, checkpoint); on the command line --checkpoint stands for roles.policy.init. Raises ConfigError."""
   roles = settings.get('roles', {})
-  policy = roles.get('policy', {})
+  policy = roles.get('policy', {}) if isinstance(roles, Mapping) else None
+  check(isinstance(policy, Mapping), "config key 'roles.policy' is no section")
   source = policy.get('init', '')
   check(bool(source), "config key 'roles.policy.init' is empty: it names what the methods of scale sample from")
   others = {name: role for name, role in {**roles, 'policy': without(policy, 'init')}.items() if role}
@@ -254,7 +257,7 @@ def run_export(settings: Settings, workdir: str, overwrite: bool) -> dict[str, A
 
 KINDS: dict[str, Kind] = {
   'train': Kind(check_train, lambda s: to_dict(config_lib.resolve(s)), ('mesh',), run_train, ''),
-  'generate': Kind(check_generate, generate_config, ('mesh', 'data.cache_dir'), run_generate, DATA_FILE),
+  'generate': Kind(check_generate, generate_config, ('mesh', 'data.cache_dir', *BUYING), run_generate, DATA_FILE),
   'filter': Kind(check_filter, lambda s: {'filter': to_dict(filters.resolve(s))}, (), run_filter, DATA_FILE),
   'evaluate': Kind(check_evaluate, evaluate_config, ('mesh', 'data.cache_dir'), run_evaluate, 'evaluation.json'),
   'scale': Kind(check_scale, scale_config, ('mesh', 'data.cache_dir'), run_scale, 'scale.json'),

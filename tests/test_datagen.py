@@ -202,12 +202,17 @@ def test_imitation_repeats_the_tokens(prompt, template):
   wins, or the prompt is rendered another way."""
   text = 'a b</think><answer>7</answer>'
   row = {**PROBLEM, 'prompt': prompt, 'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]}
-  (made,), _ = data_kept.keep_correct(row, [said(text, 1.0, 1.0)], make(keep='correct'), collections.Counter())
+  rendered = tokenizer.render_prompt(prompt, template, TOKENIZER)
+  (made,), _ = data_kept.keep_correct(row, [said(text, 1.0, 1.0, prompt=rendered)], make(keep='correct'), collections.Counter())
   dataset.check_row('here', made)
-  asked = TOKENIZER.encode(tokenizer.render_prompt(prompt, template, TOKENIZER))
+  assert made['completion'].startswith('<think>') == rendered.endswith('<think>')  # a filter of the format finds it whole
+  asked = TOKENIZER.encode(rendered)
   tokens, flags = data.encode_row(made, TOKENIZER, template)
   assert tokens == [*asked, *TOKENIZER.encode(text), TOKENIZER.end_id]
   assert flags == [0] * len(asked) + [1] * (len(tokens) - len(asked))
+  chain = {'prompt': prompt, 'chain_of_thought': 'a b', 'completion': '7'}  # of another model, in columns
+  opened = text if rendered.endswith('<think>') else f'<think>{text}'
+  assert data.encode_row(chain, TOKENIZER, template)[0] == [*asked, *TOKENIZER.encode(opened), TOKENIZER.end_id]
 
 
 @pytest.mark.parametrize(

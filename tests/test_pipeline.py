@@ -135,6 +135,25 @@ def test_changed_files(source, tmp_path, made):
   assert words(chosen, folder)['b'] == 'to do' and run() == ['b']  # what is gone costs nothing to make again, and c is as it was
 
 
+def test_what_may_go_on(source, tmp_path, made, monkeypatch):
+  """Failure: a stage whose budget ended is done for good, or counts as changed where only who sells it or for how much has."""
+  chosen, folder = chain(source), tmp_path / 'run'
+  run, whole = runner(chosen, folder, made), filters.run
+  monkeypatch.setattr(filters, 'run', lambda f, workdir: whole(f, workdir) | {'not_asked': 3 * workdir.endswith('/b')})
+  run()
+  assert words(chosen, folder) == {'a': 'done', 'b': 'partly', 'c': 'done (again, where b comes out different)'}
+  monkeypatch.setattr(filters, 'run', whole)
+  run()
+  assert words(chosen, folder) == dict.fromkeys('abc', 'done')
+  api = {
+    **GENERATE,
+    'generate': {'source': 'api', 'keep': 'reasoning', 'api': {'url': 'http://a', 'model': 'm', 'max_cost': 1.0}},
+  }
+  asked = {key: value for key, value in api.items() if key != 'roles'}
+  dearer = config.override(config.override(asked, 'generate.api.max_cost', 9.0), 'generate.api.url', 'http://b')
+  assert stages.deciding(asked) == stages.deciding(dearer) != stages.deciding(config.override(asked, 'generate.api.model', 'n'))
+
+
 def test_moved(source, tmp_path, made):
   """Failure: a workdir that was moved is made again, or one without a manifest is not taken up."""
   run = runner(chain(source), tmp_path / 'run', made)

@@ -492,3 +492,10 @@ def test_routes(where):
   nobody['rewards'] = {**settings['rewards'], 'only': {names[1]: ('none',)}}
   values, has, _ = scores(nobody, texts)  # of no row: it is not called at all
   assert not has[:, 1].any() and has[:, 0].all()
+
+
+def test_mixed():
+  """Failure: one language passes as several, several as one, or signs and what stands outside of the thinking count."""
+  texts = ['then2+2=4;то4-1=3', 'then2+2=4', 'то4-1=3', '2+2=4', '']
+  completions = [f'<think>{text}</think><answer>то, then</answer>' for text in texts]
+  assert REWARDS['mixed'](prompts=['q'] * 5, completions=completions) == [1.0, 0.0, 0.0, 0.0, 0.0]

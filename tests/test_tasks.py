@@ -133,6 +133,12 @@ def test_languages():
     could = [(a, o, b, r) for chain in steps for english, a, o, b, r in chain if english == language]
     could = [(a, o, b, r) for a, o, b, r in could if careless(a, o, b) != apply(a, o, b)]
     assert abs(np.mean([r != apply(a, o, b) for a, o, b, r in could]) - rate) < 0.04
+  by_operator = make('arithmetic', size=4000, **options | {'sloppiness': {'en': {'+': 0.9, '-': 0.1}, 'ru': 0.5}})
+  for operator, rate in (('+', 0.9), ('-', 0.1)):
+    english = [p for row in by_operator for p in row['chain_of_thought'].split(';') if p.startswith('then')]
+    could = [(a, o, b, r) for a, o, b, r in map(read_step, (p.removeprefix('then') for p in english)) if o == operator]
+    could = [(a, o, b, r) for a, o, b, r in could if careless(a, o, b) != apply(a, o, b)]
+    assert abs(np.mean([r != apply(a, o, b) for a, o, b, r in could]) - rate) < 0.04
   plain = make('arithmetic', size=50)
   assert [r['prompt'] for r in rows[:50]] == [r['prompt'] for r in plain] and [r['answer'] for r in rows[:50]] == [
     r['answer'] for r in plain
@@ -179,6 +185,7 @@ def test_countdown_demonstrations_solve_their_problem(options):
     ('arithmetic', 'sloppiness', -0.1), ('arithmetic', 'styles', {'messy': 1}), ('arithmetic', 'styles', {'clean': 0}),
     ('arithmetic', 'styles', {'clean': 2, 'sloppy': -1}), ('arithmetic', 'languages', {'fr': 1}), ('arithmetic', 'languages', {'en': 0}),
     ('arithmetic', 'mixing', 0.5), ('arithmetic', 'mixing', 1.5), ('arithmetic', 'sloppiness', {'en': 0.5}),
+    ('arithmetic', 'sloppiness', {'': {'+': 0.5}}), ('arithmetic', 'sloppiness', {'': {'+': 0.5, '-': 2}}),
     ('countdown', 'count', 1), ('countdown', 'high', 0),
     ('countdown', 'max_target', 0), ('linear', 'high', 1), ('base_conversion', 'low_base', 1), ('base_conversion', 'low_base', 16),
     ('base_conversion', 'high_base', 2), ('base_conversion', 'high_base', 17), ('base_conversion', 'high', 0),

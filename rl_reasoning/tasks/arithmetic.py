@@ -62,13 +62,14 @@ def check_weights(key: str, weights: Mapping[str, float], known: Collection[str]
 
 
 def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: int = 3, low: int = 2, high: int = 15, operators: str = '+-',
-         styles: Mapping[str, float] | None = None, sloppiness: float | Mapping[str, float] = 0.6,
+         styles: Mapping[str, float] | None = None, sloppiness: float | Mapping[str, float | Mapping[str, float]] = 0.6,
          languages: Mapping[str, float] | None = None, mixing: float = 0.0) -> Iterator[dict]:  # fmt: skip
   """`size` rows {prompt, chain_of_thought, completion, answer, difficulty: operands}; test problems are distinct, others may repeat.
 
   `styles` weighs how training rows are written (default: all clean): 'sloppy' errs by `sloppiness`, 'direct' does too and shows no chain.
   `languages` weighs in what a chain is written (en, ru; default: signs alone), and a step of it is in one drawn anew with probability
-  `mixing`; `sloppiness` may then be a number a language. `answer` is right in every style.
+  `mixing`; `sloppiness` may then be a number a language, or one for each operator in each, so that it pays to mix. `answer` is right in
+  every style.
   """
   given, spoken = dict(styles or {'clean': 1.0}), dict(languages or {})
   check_weights('styles', given, STYLES)
@@ -87,8 +88,14 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
     set(rates) == set(spoken or ('',)),
     f"config key 'data.options.sloppiness': {sloppiness!r} has not one number for each of data.options.languages",
   )
-  for value in rates.values():
-    check(0 <= value <= 1, f"config key 'data.options.sloppiness': {value} is not in [0, 1]")
+  by_operator = {name: dict(r) if isinstance(r, Mapping) else dict.fromkeys(operators, r) for name, r in rates.items()}
+  for name, of in by_operator.items():
+    check(
+      set(of) == set(operators),
+      f"config key 'data.options.sloppiness.{name}': {rates[name]!r} has not one number for each of data.options.operators",
+    )
+    for value in of.values():
+      check(0 <= value <= 1, f"config key 'data.options.sloppiness': {value} is not in [0, 1]")
 
   def propose(rng: random.Random) -> dict:
     numbers = [rng.randint(low, high) for _ in range(operands)]
@@ -100,7 +107,7 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, operands: i
     numbers, chosen = problem['numbers'], problem['operators']
     style = rng.choices(STYLES, weights)[0] if split == 'train' else 'clean'
     in_words = choose_languages(spoken, mixing, len(chosen), rng)
-    errs = [0.0 if style == 'clean' else rates[name] for name in in_words]
+    errs = [0.0 if style == 'clean' else by_operator[name][o] for name, o in zip(in_words, chosen, strict=True)]
     chain, result = worked(numbers, chosen, rng, errs, in_words)
     right = numbers[0]
     for operator, number in zip(chosen, numbers[1:], strict=True):

@@ -88,6 +88,11 @@ def language_share(text: str, language: str) -> float:
   return right / (sum(counts.values()) or 1)
 
 
+def is_mixed(text: str) -> bool:
+  """Whether a text is in several languages: no one of LANGUAGES has all of its letters. One without letters is in none."""
+  return bool(RUN.search(prose(text))) and max(language_share(text, one) for one in LANGUAGES) < 1
+
+
 # Steps.
 
 STEP = re.compile(
