@@ -6,6 +6,9 @@ Commands (RM_HELPFUL, RM_HARMLESS, RM_JUDGE: runs of configs/rm_hh.py; WEIGHTS: 
   python -m rl_reasoning.evaluate --config=configs/rlhf_hh.py:judge=RM_JUDGE,helpful=RM_HELPFUL,harmless=RM_HARMLESS,data=HH
     --checkpoint=runs/rlhf_hh --workdir=runs/rlhf_hh_after                         (and --checkpoint=WEIGHTS --workdir=runs/rlhf_hh_before)
   python -m rl_reasoning.win_rate runs/rlhf_hh_after/samples/samples.jsonl runs/rlhf_hh_before/samples/samples.jsonl --judge=judge
+Hardware: 2 CPU cores. Duration: 14 minutes, and 5 for each evaluation with size=120.
+Measured, seed 0, 120 prompts, before -> after: helpful -2.23 -> -1.79, harmless -2.93 -> -2.17, held-out judge -2.33 -> -1.75, tokens
+44.0 -> 39.2; win rate .550 [.463, .637], at equal lengths .505 [.400, .601]. See docs/results/rlhf_hh.json.
 """
 
 
