@@ -1,7 +1,7 @@
 """RLHF at nano scale, with a gold reward that is known: what is gained, and what is lost when the reward model is optimised too hard.
 
 Command:  python -m rl_reasoning.pipeline --config=configs/rlhf_nano.py:seed=0 --workdir=runs/rlhf_nano_0
-Hardware: 2 CPU cores. Duration: 15 min 21 s beside low-priority work, 21 minutes of processor time.
+Hardware: 2 CPU cores. Duration: 13 minutes alone, nothing compiled before.
 Measured, seeds 0, 1, 2: reward models .905 to .958 on held-out comparisons; gold reward 2.06 to 2.17 after sft, at the end ppo 1.49 to
 2.58, grpo -.14 to 2.98, ppo_ensemble 1.58 to 2.55, grpo_ensemble 2.50 to 2.96, dpo 2.65 to 3.12, cpl 2.99 to 3.09. See
 docs/results/rlhf_nano.json.
