@@ -208,8 +208,9 @@ def run_evaluate(settings: Settings, workdir: str, overwrite: bool) -> dict[str,
 def scaled(settings: Settings) -> tuple[inference.Job, str]:
   """(job, checkpoint); on the command line --checkpoint stands for roles.policy.init. Raises ConfigError."""
   roles = settings.get('roles', {})
-  policy = roles.get('policy', {}) if isinstance(roles, Mapping) else None
-  check(isinstance(policy, Mapping), "config key 'roles.policy' is no section")
+  good = isinstance(roles, Mapping) and isinstance(roles.get('policy', {}), Mapping)
+  check(good, "config key 'roles.policy' is no section")
+  policy = roles.get('policy', {})
   source = policy.get('init', '')
   check(bool(source), "config key 'roles.policy.init' is empty: it names what the methods of scale sample from")
   others = {name: role for name, role in {**roles, 'policy': without(policy, 'init')}.items() if role}
