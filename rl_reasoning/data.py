@@ -34,7 +34,7 @@ from rl_reasoning.config import Component, ConfigError, Data, check, coerce, com
 from rl_reasoning.sharding import size_class
 from rl_reasoning.structs import DATA, Batch
 from rl_reasoning.tasks import TASKS
-from rl_reasoning.tokenizer import Tokenizer, render_completion, render_messages, render_prompt
+from rl_reasoning.tokenizer import Tokenizer, after_thinking, render_completion, render_messages, render_prompt
 
 
 class Source(Sequence):
@@ -325,9 +325,8 @@ def encode_row(row: dict, tokenizer: Tokenizer, template: str) -> tuple[list[int
     return ids, [1] * len(ids)
   if 'messages' not in row:
     check('prompt' in row and 'completion' in row, f'a row has nothing to imitate; columns: {", ".join(row)}')
-    asked, answer = render_prompt(row['prompt'], template, tokenizer), render_completion(row)
-    if asked.rstrip().endswith('<think>'):
-      answer = answer.removeprefix('<think>')  # the template has opened it
+    asked = render_prompt(row['prompt'], template, tokenizer)
+    answer = after_thinking(asked, render_completion(row))
     prompt, completion = tokenizer.encode(asked), tokenizer.encode(answer) + [tokenizer.end_id]
     return prompt + completion, [0] * len(prompt) + [1] * len(completion)
   try:

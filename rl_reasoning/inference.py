@@ -68,7 +68,7 @@ from rl_reasoning.inference_methods import (
 from rl_reasoning.rewards import any_gold
 from rl_reasoning.rounds import Chain, Source
 from rl_reasoning.structs import PyTree
-from rl_reasoning.tokenizer import THINK_INSTRUCTION, Tokenizer, from_thinking, render_completion, render_prompt
+from rl_reasoning.tokenizer import THINK_INSTRUCTION, Tokenizer, after_thinking, from_thinking, render_completion, render_prompt
 
 # Keys that act, as prefixes, and those that do where there are worked examples.
 READ = (
@@ -143,10 +143,8 @@ def render(method: Method, row: Mapping[str, Any], examples: Sequence[dict], tem
     return render_prompt([*told, *turns(prompt)], 'chat', tok) + method.prefix
   text = ''
   for e in shown:
-    asked, answer = render_prompt(e['prompt'], template, tok), render_completion(e)
-    if asked.rstrip().endswith('<think>'):
-      answer = answer.removeprefix('<think>')  # the template has opened it
-    text += asked + answer + method.separator
+    asked = render_prompt(e['prompt'], template, tok)
+    text += asked + after_thinking(asked, render_completion(e)) + method.separator
   return text + render_prompt(prompt, template, tok) + method.prefix
 
 

@@ -24,7 +24,7 @@ from rl_reasoning.config import Combination, ConfigError, Reward, check, one_lin
 from rl_reasoning.data import pad_rows
 from rl_reasoning.model import Arch
 from rl_reasoning.structs import Array, Batch, PyTree
-from rl_reasoning.tokenizer import Tokenizer, render_prompt, split_completion
+from rl_reasoning.tokenizer import Tokenizer, after_thinking, render_prompt, split_completion
 
 # What trains a score of whole completions; that of a process model is one of steps, and its end token was never judged.
 OBJECTIVES = ('reward_model', 'outcome_reward_model')
@@ -112,8 +112,7 @@ def encode(made: RewardModel, prompt: Any, completion: str | Sequence[str], ende
   if pieces[0] is None:
     return []
   asked = made.render(prompt)
-  if asked.rstrip().endswith('<think>'):
-    pieces[0] = pieces[0].removeprefix('<think>')  # the template has opened it already
+  pieces[0] = after_thinking(asked, pieces[0])
   ids = [i for piece in pieces for i in made.tokenizer.encode(str(piece))]
   return [*made.tokenizer.encode(asked), *ids, *[made.tokenizer.end_id] * (bool(ended) and not made.process)]
 

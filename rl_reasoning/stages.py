@@ -36,7 +36,6 @@ from rl_reasoning import (
   weights,
 )
 from rl_reasoning.config import check, coerce, flatten, to_dict
-from rl_reasoning.objectives import reward_model
 
 Settings = Mapping[str, Any]
 DATA_FILE = 'data.jsonl'
@@ -250,9 +249,8 @@ def run_export(settings: Settings, workdir: str, overwrite: bool) -> dict[str, A
   if not target.exists():
     tok, heads = build.run_config(source, 'roles', 'policy', 'tokenizer'), build.heads_in(source)
     head = 'lm' if 'lm' in heads else 'scalar'
-    shift = reward_model.shift(checkpoint.restore_aux(source)) if head == 'scalar' else 0.0
     params = checkpoint.restore_params(source, 'policy')
-    weights.save(params, build.read_arch(source), workdir, None if tok == 'bytes' else tok, (head,), shift)
+    weights.save(params, build.read_arch(source), workdir, None if tok == 'bytes' else tok, (head,), build.score_shift(source))
   return {'checkpoint': source, 'evaluators': {}}
 
 

@@ -195,6 +195,11 @@ def from_thinking(prompt: Any, completion: str) -> str:
   return '<think>' * (isinstance(prompt, str) and prompt.rstrip().endswith('<think>')) + completion
 
 
+def after_thinking(rendered: str, completion: str) -> str:
+  """The reverse: a whole completion without the <think> that its rendered prompt has opened already."""
+  return completion.removeprefix('<think>') if rendered.rstrip().endswith('<think>') else completion
+
+
 def split_completion(text: str) -> Parts:
   """A completion into chain of thought and answer."""
   well_formed = all(text.count(tag) == 1 for tag in TAGS) and bool(WELL_FORMED.fullmatch(text))
