@@ -420,7 +420,7 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     check(isinstance(value, (tuple, list)), f'config key {key!r}: {value!r} is not a tuple, write ({value!r},)')
     return tuple(coerce(v, arguments[0], f'{key}[{i}]') for i, v in enumerate(value))
   if origin in (typing.Union, types.UnionType):
-    return None if value is None else coerce(value, next(a for a in arguments if a is not type(None)), key)
+    return None if value is None else coerce_to_one_of(value, [a for a in arguments if a is not type(None)], key)
   if origin is not None and issubclass(origin, Mapping):
     check(isinstance(value, Mapping), f'config key {key!r}: {value!r} is not a mapping')
     check_json(plain(value), key)
@@ -432,6 +432,15 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
   check(right, f'config key {key!r}: {value!r} is not of type {kind.__name__}')
   check_json(value, key)
   return value
+
+
+def coerce_to_one_of(value: Any, kinds: Sequence[Any], key: str) -> Any:
+  for kind in kinds[:-1]:
+    try:
+      return coerce(value, kind, key)
+    except ConfigError:
+      continue
+  return coerce(value, kinds[-1], key)
 
 
 def check_json(value: Any, key: str) -> None:

@@ -94,19 +94,43 @@ def prepare(rows: Iterable, folder: epath.Path) -> None:
     Rows(rows, data_dir=folder).download_and_prepare(file_format='array_record')
 
 
+def options_of(data: Data) -> dict[str, Any]:
+  """`data.options` as keywords of the task's `rows`. Raises ConfigError: unknown task or option, a value of another type."""
+  check(data.task in TASKS, f"config key 'data.task': {data.task!r} is none of {', '.join(TASKS)}")
+  rows = TASKS[data.task].rows
+  known = set(inspect.signature(rows).parameters) - {'split', 'seed', 'size', 'path'}
+  for key in data.options:
+    text = ', '.join(sorted(known)) or 'no options at all'
+    check(key in known, f"config key 'data.options.{key}' is unknown to data.task {data.task!r}, which takes {text}")
+  kinds = typing.get_type_hints(rows)
+  return {key: coerce(value, kinds[key], f'data.options.{key}') for key, value in data.options.items()}
+
+
+def check_task(data: Data) -> None:
+  """What can be told wrong of `data.task` before its files are there. Raises ConfigError."""
+  options = options_of(data)
+  if not hasattr(TASKS[data.task], 'files'):
+    next(TASKS[data.task].rows('train', 0, 1, **options))
+
+
+def check_tasks(data: Data) -> None:
+  """`check_task` of every task of the section."""
+  named = {f'data.mixture.{name}': c for name, c in components(data).items()}
+  if data.pretrain:
+    named['data.pretrain'] = coerce(data.pretrain, Component, 'data.pretrain')
+  for where, component in named.items():
+    with told_under(where):
+      check_task(with_component(data, component))
+  if not data.mixture:
+    check_task(data)
+
+
 def load(data: Data, split: str, seed: int, size: int | None) -> Source:
   """The rows of a split; prepared on first use in `data.cache_dir`, in a folder named by everything that they depend on.
 
   Raises ConfigError: unknown task or option, malformed row (file and line), empty data set.
   """
-  check(data.task in TASKS, f"config key 'data.task': {data.task!r} is none of {', '.join(TASKS)}")
-  task = TASKS[data.task]
-  known = set(inspect.signature(task.rows).parameters) - {'split', 'seed', 'size', 'path'}
-  for key in data.options:
-    text = ', '.join(sorted(known)) or 'no options at all'
-    check(key in known, f"config key 'data.options.{key}' is unknown to data.task {data.task!r}, which takes {text}")
-  kinds = typing.get_type_hints(task.rows)
-  options = {key: coerce(value, kinds[key], f'data.options.{key}') for key, value in data.options.items()}
+  options, task = options_of(data), TASKS[data.task]
   read_from: list[pathlib.Path] = []
   if hasattr(task, 'files'):
     # Both splits: test prompts are kept out of training. The seed plays no part.
@@ -148,13 +172,23 @@ def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict]
   return [stream[i] for i in range(cursor, cursor + size)], cursor + size
 
 
-def load_component(data: Data, where: str, component: Component, split: str, seed: int, size: int | None) -> Source:
-  """`load` of the task under the key `where`. What is wrong is told under that key."""
-  alone = dataclasses.replace(data, task=component.task, path=component.path, options=component.options)
+def with_component(data: Data, component: Component) -> Data:
+  return dataclasses.replace(data, task=component.task, path=component.path, options=component.options)
+
+
+@contextlib.contextmanager
+def told_under(where: str) -> Iterator[None]:
+  """What is wrong of a task is told under the key that names it."""
   try:
-    return load(alone, split, seed, size)
+    yield
   except ConfigError as error:
     raise ConfigError(re.sub(r'\bdata\.(task|path|options|train_size)\b', rf'{where}.\1', str(error))) from None
+
+
+def load_component(data: Data, where: str, component: Component, split: str, seed: int, size: int | None) -> Source:
+  """`load` of the task under the key `where`."""
+  with told_under(where):
+    return load(with_component(data, component), split, seed, size)
 
 
 def tagged(row: dict, name: str) -> dict:

@@ -26,6 +26,7 @@ from rl_reasoning import (
   build,
   checkpoint,
   config as config_lib,
+  data,
   data_settings,
   datagen,
   evaluate,
@@ -276,10 +277,20 @@ def output(settings: Settings, folder: str) -> str:
   return f'{folder}/{KINDS[kind_of(settings)].output}'.rstrip('/')
 
 
+def check_data(settings: Settings) -> None:
+  """The tasks that a stage of any kind names, itself and by its evaluators."""
+  section = coerce(settings.get('data', {}), config_lib.Data, 'data')
+  data.check_tasks(section)
+  for name, evaluator in evaluators.make_evaluators(settings.get('eval', {}).get('evaluators', {})).items():
+    data.check_tasks(evaluators.data_of(section, name, evaluator))
+
+
 def check_stage(settings: Settings, workdir: str, earlier: Mapping[str, Settings], stages: Collection[str] = ()) -> None:
   """Raises ConfigError for what can be told wrong of a stage before those of `earlier` have run. `stages` are the names of all."""
   check_references(settings, workdir, earlier, stages)
   made = {output(s, f'{workdir}/{name}'): kind_of(s) for name, s in earlier.items()}
   # Of a run that has begun there may be a config, and no weights.
   absent = [path for path, kind in made.items() if kind == 'train' or not pathlib.Path(path).exists()]
-  KINDS[kind_of(settings)].check(fill(settings, workdir), absent)
+  settings = fill(settings, workdir)
+  KINDS[kind_of(settings)].check(settings, absent)
+  check_data(settings)

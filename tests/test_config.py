@@ -135,6 +135,12 @@ def test_coerce():
   assert got.rewards.functions == ('accuracy', 'format') and got.rewards.weights == (1.0, 0.5)
   assert type(got.rewards.weights[0]) is float and got.optim.options == {'b1': 0.5, 'names': ('a', {'x': None})}
   assert config.coerce(None, float | None, 'x') is None and config.coerce(2, float | None, 'x') == 2.0
+  either = float | collections.abc.Mapping[str, float | collections.abc.Mapping[str, float]]
+  assert config.coerce(1, either, 'x') == 1.0 and config.coerce({'a': 1, 'b': {'c': 2}}, either, 'x') == {
+    'a': 1.0,
+    'b': {'c': 2.0},
+  }
+  assert "'x.b.c': 'y' is not of type float" in refusal(config.coerce, {'b': {'c': 'y'}}, either, 'x')
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,16 @@ BAD = [
   ({'a b': SFT}, "stage 'a b': a name is of letters"),
   ({'final': SFT}, "no stage may be called 'final'"),
   ({'x': 3}, "'stages' is no mapping"),
+  ({'x': {**SFT, 'data': {**SFT['data'], 'options': {'mixing': 2.0}}}}, "x: config key 'data.options.mixing': 2.0 is not in [0, 1]"),
+  (
+    {'x': {**SFT, 'data': {'mixture': {'a': {'task': 'arithmetic', 'train_size': 8, 'options': {'operands': 'x'}}}}}},
+    "'data.mixture.a.options.operands': 'x' is not of type int",
+  ),
+  ({'x': {**GENERATE, 'data': {'train_size': 8, 'options': {'operants': 3}}}}, "'data.options.operants' is unknown to data.task"),
+  (
+    {'x': {'evaluate': {'checkpoint': '{workdir}/base'}, 'eval': {'evaluators': {'e': {'task': 'sums'}}}}},
+    "'data.task': 'sums' is none of",
+  ),
 ]  # fmt: skip
 
 
@@ -323,9 +333,10 @@ def test_the_full_recipe(tmp_path, monkeypatch):
 
 
 def micro(cache: str, general: str) -> dict:
-  """All kinds of stages, as small as they get: a base, RL on it, its samples filtered and joined with other rows, SFT of the base on them,
-  an export, and evaluations of a run and of the export. Sizes are such that stages share their compiled programs."""
-  data = {'task': 'arithmetic', 'train_size': 256, 'batch_size': 16, 'cache_dir': cache}
+  """All kinds of stages, as small as they get: a base of two tasks and two languages, a reward model, RL by both rules and that model, its
+  samples filtered and joined with other rows, SFT of the base on them, an export, and evaluations of a run and of the export. Sizes are
+  such that stages share their compiled programs."""
+  sums = {'task': 'arithmetic', 'train_size': 256}
   rollout = {'max_completion_length': 24, 'chunk': 24}
   rewards = {'functions': ('accuracy', 'format_tags'), 'weights': (1.0, 0.2)}
   base = {'roles': {'policy': {'init': '{workdir}/base'}}}
@@ -334,12 +345,29 @@ def micro(cache: str, general: str) -> dict:
     'eval': {'size': 16, 'batch_size': 8, 'evaluators': {'four': {'num_samples': 4, 'temperature': 1.0}}},
   }  # fmt: skip
   sft = {'objective': {'name': 'sft'}, 'optim': {'learning_rate': 5e-3}, 'log_every': 2}
+
+  def mixed(rows: str, **options) -> dict:
+    reviews = {'task': 'reviews', 'train_size': 64, 'options': {'rows': rows}}
+    return {'mixture': {'sums': {**sums, 'options': options, 'weight': 3.0}, 'reviews': reviews}, 'cache_dir': cache}
+
   return {
     'base': {
-      **sft, 'total_steps': 40, 'model': {'preset': 'tiny'}, 'data': {**data, 'max_length': 64}, 'checkpoint': {'every': 20},
+      **sft, 'total_steps': 40, 'model': {'preset': 'tiny'}, 'checkpoint': {'every': 20},
+      'data': {**mixed('demonstrations', languages={'en': 2, 'ru': 1}, mixing=0.3), 'batch_size': 16, 'max_length': 64},
+    },
+    'rm': {
+      **base, 'total_steps': 4, 'objective': {'name': 'reward_model'}, 'optim': {'learning_rate': 1e-3}, 'checkpoint': {'every': 2},
+      'data': {
+        'task': 'reviews', 'train_size': 64, 'options': {'rows': 'rankings'}, 'batch_size': 16, 'max_length': 64, 'cache_dir': cache,
+      },
     },
     'rl': {
-      **base, 'total_steps': 4, 'data': {**data, 'batch_size': 8, 'max_prompt_length': 32}, 'rollout': rollout, 'rewards': rewards,
+      'roles': {**base['roles'], 'reward': {'helpful': {'init': '{workdir}/rm'}}},
+      'total_steps': 4, 'data': {**mixed('prompts'), 'batch_size': 8, 'max_prompt_length': 32}, 'rollout': rollout,
+      'rewards': {
+        'functions': ('accuracy', 'format_tags', 'language', 'helpful'), 'weights': (1.0, 0.2, 0.5, 1.0),
+        'only': dict.fromkeys(('accuracy', 'format_tags', 'language'), ('sums',)) | {'helpful': ('reviews',)},
+      },
       'objective': {'name': 'grpo', 'num_generations': 4, 'beta': 0.01, 'ref_model_sync_updates': 2},
       'optim': {'learning_rate': 1e-3}, 'checkpoint': {'every': 2},
     },
@@ -394,7 +422,7 @@ def outcome(workdir) -> dict:
 
 
 def assert_same_chain(a, b) -> None:
-  for name in ('base', 'rl', 'tuned'):
+  for name in ('base', 'rm', 'rl', 'tuned'):
     assert_same(*({'evaluations': [], **everything(w / name)} for w in (a, b)))
   assert outcome(a) == outcome(b)
 
