@@ -9,8 +9,8 @@ Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
 <think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, in English more so where he
-adds and in Russian where he subtracts, so that it pays to mix; he does, and answers half of the problems at once. The general task is the
-reviews of configs/rlhf_nano.py.
+adds and in Russian where he subtracts: either language alone is right in .57 of his chains, the better one for each step in .64. So it pays
+to mix; he does, and answers a quarter of the problems at once. The general task is the reviews of configs/rlhf_nano.py.
 
   base                     SFT on the careless author and on reviews: what stands for the pretrained model
   r1_zero                  GRPO from the base on accuracy and format alone; the reference is replaced every `sync` updates
@@ -31,14 +31,14 @@ reviews of configs/rlhf_nano.py.
 
 TASK = {'operands': 4, 'low': 3, 'high': 9}
 AUTHOR = {
-  'styles': {'direct': 0.5, 'sloppy': 0.5}, 'sloppiness': {'en': {'+': 0.75, '-': 0.5}, 'ru': {'+': 0.5, '-': 0.75}},
-  'languages': {'en': 1.0, 'ru': 1.0}, 'mixing': 0.3,
+  'styles': {'direct': 0.25, 'sloppy': 0.75}, 'sloppiness': {'en': {'+': 0.65, '-': 0.2}, 'ru': {'+': 0.5, '-': 1.0}},
+  'languages': {'en': 1.0, 'ru': 1.0}, 'mixing': 0.4,
 }  # fmt: skip
 STUDENT = {'hidden_size': 48, 'intermediate_size': 128, 'num_hidden_layers': 2}
 
 
 def get_config(
-  seed: int = 0, scale: float = 1.0, language_weight: float = 1.0, sync: int = 50, eval_size: int = 400, eval_seed: int = 2
+  seed: int = 0, scale: float = 1.0, language_weight: float = 1.0, sync: int = 45, eval_size: int = 400, eval_seed: int = 2
 ) -> dict:
   def scaled(count: int) -> int:
     return max(2, round(count * scale))
@@ -146,9 +146,9 @@ def get_config(
   helpful, safe = {'helpful': {'init': '{workdir}/rm_helpful'}}, {'safe': {'init': '{workdir}/rm_safe'}}
   final = {'task': 'dataset', 'path': '{workdir}/sft2_data/data.jsonl'}
   stages = {
-    'base': sft(author, 900, 2e-3, '', model={'preset': 'nano'}),
-    'r1_zero': rl('{workdir}/base', 120, rules, beta=0.001, ref_model_sync_updates=sync),
-    'r1_zero_consistent': rl('{workdir}/base', 120, consistent, beta=0.001, ref_model_sync_updates=sync),
+    'base': sft(author, 700, 2e-3, '', model={'preset': 'nano'}),
+    'r1_zero': rl('{workdir}/base', 90, rules, beta=0.001, ref_model_sync_updates=sync),
+    'r1_zero_consistent': rl('{workdir}/base', 90, consistent, beta=0.001, ref_model_sync_updates=sync),
     'zero_sampled': sample('{workdir}/r1_zero', sums, rules, keep='correct', size=scaled(500), num_samples=8, max_per_prompt=8),
     'base_sampled': sample(
       '{workdir}/base', sums, rules, keep='correct', first=scaled(500), size=scaled(1000), num_samples=8, max_per_prompt=8,
@@ -180,7 +180,7 @@ def get_config(
       },
       {'mixture': {'sums': sums, 'reviews': reviews}}, helpful | safe,
     ),
-    'student_base': sft(author, 900, 2e-3, '', model={'preset': 'nano', 'arch': STUDENT}),
+    'student_base': sft(author, 700, 2e-3, '', model={'preset': 'nano', 'arch': STUDENT}),
     'student_distilled': sft(final, 300, init='{workdir}/student_base'),
     'student_clean': sft(
       {**sums, 'train_size': scaled(1200), 'options': {**TASK, 'languages': {'en': 1.0}}}, 300, init='{workdir}/student_base'

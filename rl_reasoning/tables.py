@@ -132,7 +132,7 @@ def plot(result: Mapping[str, Any], path: epath.Path) -> None:
     axis.set_ylim(-0.02, min(1.02, max(0.1, axis.get_ylim()[1])))
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-      axis.legend(fontsize=7, handlelength=3)
+      axis.legend(fontsize=7, handlelength=3, loc='upper left', bbox_to_anchor=(1.01, 1))
   figure.tight_layout()
   with path.open('wb') as file:
     figure.savefig(file, format='png', dpi=100)
@@ -161,7 +161,7 @@ def plot_reliability(result: Mapping[str, Any], path: epath.Path) -> None:
   axis.set_title('calibration')
   axis.grid(alpha=0.3)
   if curves:
-    axis.legend(fontsize=7, handlelength=3)
+    axis.legend(fontsize=7, handlelength=3, loc='upper left', bbox_to_anchor=(1.01, 1))
   figure.tight_layout()
   with path.open('wb') as file:
     figure.savefig(file, format='png', dpi=100)
@@ -206,14 +206,15 @@ def plot_scale(result: Mapping[str, Any], path: epath.Path) -> None:
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
-  figure, axis = plt.subplots(figsize=(7.5, 5))
+  figure, axis = plt.subplots(figsize=(10, 5))
   for index, (name, method) in enumerate(result['methods'].items()):
     points = method['points']
     x, y = [p['tokens'] for p in points], [p['accuracy'] for p in points]
     bounds = [p.get('accuracy_ci95', (p['accuracy'],) * 2) for p in points]
     bars = [[max(0.0, v - low) for v, (low, _) in zip(y, bounds)], [max(0.0, high - v) for v, (_, high) in zip(y, bounds)]]
-    style: dict[str, Any] = {'linestyle': '--' if method.get('by') == 'oracle' else '-', 'marker': 'os^Dv'[index // 10 % 5]}
-    axis.errorbar(x, y, bars, color=f'C{index % 10}', markersize=4, capsize=2, label=scale_title(name, method), **style)
+    style: dict[str, Any] = {'linestyle': '--' if method.get('by') == 'oracle' else '-', 'marker': 'osD^vP*X'[index % 8]}
+    color = plt.get_cmap('tab20')(index * 2 % 20 + index // 10 % 2)
+    axis.errorbar(x, y, bars, color=color, markersize=5, capsize=2, label=scale_title(name, method), **style)
     for point in points:
       axis.annotate(point['label'], (point['tokens'], point['accuracy']), (2, 3), textcoords='offset points', fontsize=6)
   axis.set_xscale('log', base=2)
@@ -223,7 +224,7 @@ def plot_scale(result: Mapping[str, Any], path: epath.Path) -> None:
   axis.set_title('accuracy by tokens (bars: 95 %)')
   axis.set_ylim(-0.02, min(1.02, max(0.1, axis.get_ylim()[1])))
   axis.grid(alpha=0.3)
-  axis.legend(fontsize=7, handlelength=3)
+  axis.legend(fontsize=7, handlelength=3, loc='upper left', bbox_to_anchor=(1.01, 1))
   figure.tight_layout()
   with path.open('wb') as file:
     figure.savefig(file, format='png', dpi=100)
