@@ -89,7 +89,15 @@ def get_config(
       **more,
     }
 
-  def rl(init: str, steps: int, rewards: dict, data: dict | None = None, models: dict | None = None, **objective) -> dict:
+  def rl(
+    init: str,
+    steps: int,
+    rewards: dict,
+    data: dict | None = None,
+    models: dict | None = None,
+    learning_rate: float = 3e-4,
+    **objective,
+  ) -> dict:
     return {
       'seed': seed,
       'total_steps': scaled(steps),
@@ -99,7 +107,7 @@ def get_config(
       'objective': {'name': 'grpo', 'aggregation': 'token_mean', **objective},
       'rollout': rollout,
       'rewards': rewards,
-      'optim': {'learning_rate': 3e-4, 'warmup_updates': 10},
+      'optim': {'learning_rate': learning_rate, 'warmup_updates': 10},
       **saved,
     }
 
@@ -158,7 +166,7 @@ def get_config(
       'steps': (*readable, {'name': 'per_prompt', 'most': 2}),
     }},
     'sft1': sft({'task': 'dataset', 'path': '{workdir}/cold/data.jsonl'}, 100),
-    'rl1': rl('{workdir}/sft1', 60, consistent),
+    'rl1': rl('{workdir}/sft1', 60, consistent, learning_rate=1e-4),
     'sampled': sample('{workdir}/rl1', sums, rules, keep='correct', first=scaled(1500), size=scaled(1500), num_samples=4, max_per_prompt=4),
     'reasoning': {'filter': {'inputs': {'rl1': '{workdir}/sampled/data.jsonl'}, 'steps': readable}},
     'rm_helpful': reward_model('rankings', {'name': 'reward_model'}),
@@ -171,14 +179,14 @@ def get_config(
       'steps': ({'name': 'duplicates'},), 'sizes': {'reasoning': scaled(1200), 'general': scaled(400)}, 'seed': seed,
     }},
     'sft2': sft(final, 150),
-    'rl2': rl('{workdir}/sft2', 40, consistent),
+    'rl2': rl('{workdir}/sft2', 40, consistent, learning_rate=1e-4),
     'rl2_general': rl(
       '{workdir}/rl2', 30,
       {
         'functions': ('accuracy', 'format', 'language', 'helpful', 'safe'), 'weights': (1.0, 0.2, language_weight, 1.0, 1.0),
         'only': dict.fromkeys(('accuracy', 'format', 'language'), ('sums',)) | {'helpful': ('reviews',), 'safe': ('reviews',)},
       },
-      {'mixture': {'sums': sums, 'reviews': reviews}}, helpful | safe,
+      {'mixture': {'sums': sums, 'reviews': reviews}}, helpful | safe, learning_rate=1e-4, beta=0.02,
     ),
     'student_base': sft(author, 700, 2e-3, '', model={'preset': 'nano', 'arch': STUDENT}),
     'student_distilled': sft(final, 300, init='{workdir}/student_base'),
