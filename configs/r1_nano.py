@@ -3,9 +3,11 @@
 Command:  make r1-nano     (python -m rl_reasoning.pipeline --config=configs/r1_nano.py:seed=0 --workdir=runs/r1_nano)
 Table:    python -m launch.stages_report runs/r1_nano_0 runs/r1_nano_1 runs/r1_nano_2 --out=docs/results/r1_nano.json
             --metrics="greedy/accuracy,8 samples/accuracy,8 samples/pass@8,8 samples/maj@8,8 samples/format,8 samples/rewards/language,
-            8 samples/rewards/mixed,8 samples/length"  (in one line)
+            8 samples/rewards/mixed,8 samples/length,samples/rewards/gold_reviews,held out/accuracy"  (in one line)
             --compare=r1_zero_consistent_eval:r1_zero_eval,rl2_general_eval:r1_zero_eval,student_distilled_eval:student_rl_eval
-Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
+Hardware: 2 CPU cores of an AMD EPYC. Duration: 28 to 34 minutes a seed where each had about one of them.
+Measured, seeds 0, 1, 2, greedy accuracy on 400 held-out problems (mean, half of the 95 % t-interval): base .481 (.032), r1_zero .82 (.15),
+rl1 .866 (.073), rl2_general .914 (.035); students: distilled .63 (.20), clean .72 (.26), RL .153 (.037). All: docs/results/r1_nano.json.
 
 The reasoning task is the demo's chained arithmetic, here written in two languages, told apart by the word that opens a step:
 <think>then7+9=16;то16-3=13;then13-8=5</think><answer>5</answer>. The author of the base's data is careless, in English more so where he

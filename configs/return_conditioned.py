@@ -1,7 +1,9 @@
 """Return-conditioned RL (2403.04642) at nano scale: SFT on one's own samples, every step behind a label that says what came of it.
 
 Command:  python -m rl_reasoning.pipeline --config=configs/return_conditioned.py:seed=0 --workdir=runs/return_conditioned
-Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
+Hardware: 2 CPU cores of an AMD EPYC, shared. Duration: 4 minutes, the base apart.
+Measured, seeds 0, 1, 2, from the bases of configs/best_of_k.py, greedy accuracy on 1,000 held-out problems: base .294, .375, .400; trained,
+every step to be good .619, .513, .718; to be bad .133, .199, .173 (docs/results/return_conditioned.json).
 
   base       that of configs/demo.py (`base=DIR` takes one that is trained already, say runs/demo/base)
   labelled   its samples, right or wrong; a step is good where at least half of the continuations from its end reach the right answer

@@ -4,7 +4,9 @@ Command:  python -m rl_reasoning.pipeline --config=configs/scale.py:stage=all,ba
           (trains an outcome and a process reward model on the base's own samples, then draws the curves)
 Or:       python -m rl_reasoning.generate scale --config=configs/scale.py --checkpoint=runs/demo/base --workdir=runs/scale_alone
           (the curves of the methods that go by no reward model)
-Hardware: 2 CPU cores. Not run to its end yet: no numbers.
+Hardware: 2 CPU cores, of which it had one. Duration: 10 minutes.
+Measured, seed 0, from the base of configs/best_of_k.py, accuracy on 500 held-out problems: direct .280, step by step .426; of 16 samples:
+vote .469, outcome model's best .708, vote weighted by it .802, by the process model .742, verifier .874. All: docs/results/scale.json.
 
 The model has read no English and no second problem: "step by step" is an opened <think>, few-shot examples are strange to it, and what
 takes the place of the tag below the minimum is the ';' that its chains go on by, not "Wait" (`wait=Wait` asks for that).
