@@ -99,6 +99,13 @@ def read_arch(source: str) -> Arch:
   return from_mapping(Arch, run_config(source, 'model', 'arch')) if is_run(source) else weights.read_arch(source)
 
 
+def longest(config: Config) -> int:
+  """Tokens of the longest sequence that the config allows."""
+  lengths = [config.rollout.max_completion_length]
+  lengths += [e.get('max_completion_length') for e in config.eval.evaluators.values() if isinstance(e, Mapping)]
+  return max(config.data.max_length, config.data.max_prompt_length + max(n for n in lengths if isinstance(n, int)))
+
+
 def resolve_arch(config: Config) -> Arch:
   """The architecture: that of roles.policy.init where it names weights, else the preset with `model.arch` over it.
 
@@ -107,14 +114,15 @@ def resolve_arch(config: Config) -> Arch:
   source = config.roles.policy.init
   check(config.model.preset in PRESETS, f"config key 'model.preset': {config.model.preset!r} is none of {', '.join(PRESETS)}")
   if not source:
-    return from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
+    arch = from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
+    return arch.for_length(longest(config))
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
   arch = read_arch(source)
   wanted = from_mapping(Arch, {**dataclasses.asdict(arch), **config.model.arch}, 'model.arch.')
   for key in sorted(config.model.arch):
     ours, theirs = getattr(wanted, key), getattr(arch, key)
     check(ours == theirs, f"config key 'model.arch.{key}': {ours!r}, but {source} has {theirs!r}")
-  return arch
+  return arch.for_length(longest(config))
 
 
 def resolve_tokenizer(role: Role) -> str:
@@ -153,7 +161,9 @@ def heads_in(source: str) -> tuple[str, ...]:
 def check_reference(key: str, source: str, arch: Arch) -> None:
   """A reference is run by the policy's own forward function, so it must be of the same architecture."""
   check(pathlib.Path(source).exists(), f'config key {key!r}: {source!r} does not exist')
-  other = differences(dataclasses.asdict(arch), dataclasses.asdict(read_arch(source)))
+  unnamed = {'model_type': '', 'max_position_embeddings': 0}
+  own, theirs = (dataclasses.replace(a.for_length(0), **unnamed) for a in (arch, read_arch(source)))
+  other = differences(dataclasses.asdict(own), dataclasses.asdict(theirs))
   check(not other, f'config key {key!r}: {source} is of another architecture than the policy: {"; ".join(other)}')
   check_speaks(key, source)
 
@@ -490,7 +500,7 @@ def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tup
     ours = is_run(init)
     trained = run_config(init) if ours else None
     role = reward_models.resolve(name, role, trained, process)
-    arch, shift = read_arch(init), score_shift(init)
+    arch, shift = read_arch(init).for_length(longest(config)), score_shift(init)
     of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
     models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
     params[f'reward.{name}'] = load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
@@ -507,7 +517,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   critic = config.roles.critic
   archs = {'policy': arch, 'ref': arch}
   if 'critic' in objective.trainable:
-    archs['critic'] = read_arch(critic.init) if critic.init else arch
+    archs['critic'] = read_arch(critic.init).for_length(longest(config)) if critic.init else arch
     size = archs['critic'].vocab_size
     check(tok.vocab_size <= size, f"config key 'roles.critic.init': {critic.init} has {size} embeddings, the policy's tokenizer "
           f'{tok.vocab_size} ids')  # fmt: skip
@@ -515,7 +525,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of the critic's {layers} layers leave none to train")
   teacher = config.roles.teacher
   if 'teacher' in objective.frozen:
-    archs['teacher'] = read_arch(teacher.init)
+    archs['teacher'] = read_arch(teacher.init).for_length(longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
   peak = critic.learning_rate or config.optim.learning_rate
   optimizer, schedule = optim.make(config.optim, updates)

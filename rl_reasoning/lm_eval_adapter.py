@@ -54,7 +54,7 @@ def score(
 
   def piece(x):
     part, wanted = x
-    logp = jax.nn.log_softmax(model.logits(part, head), axis=-1)
+    logp = jax.nn.log_softmax(model.logits(part, head, arch.final_logit_softcapping), axis=-1)
     return jnp.take_along_axis(logp, wanted[..., None], axis=-1)[..., 0], jnp.argmax(logp, axis=-1) == wanted
 
   split = [jnp.moveaxis(x.reshape(N, pieces, PIECE, *x.shape[2:]), 1, 0) for x in (hidden, target)]

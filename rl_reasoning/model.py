@@ -1,13 +1,11 @@
-"""Decoder-only transformer of the Llama family as pure functions on a stacked pytree.
+"""Decoder-only transformers as pure functions on stacked pytrees, driven by the architecture record (arch.py).
 
 One weight table (`weight_table`) says, per weight: shape, logical axes, initial scale and Hugging Face name. Init, shapes, shardings and
 loading are maps over it. One `block` serves training, prefill and decode; what differs is the `attend` function handed to it.
-Sources: Llama (2302.13971), GQA (2305.13245), RoPE (2104.09864), Qwen3 q/k norm (2505.09388).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,86 +14,117 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rl_reasoning import attention, experts, rope
+from rl_reasoning.arch import Arch
 from rl_reasoning.sharding import constrain
 from rl_reasoning.structs import Array, Batch, PyTree
-
-NEG_INF = -1e30  # finite: a row that attends to nothing must not become NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Arch:
-  """Architecture record. Field names follow Hugging Face's config.json."""
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  num_key_value_heads: int
-  head_dim: int
-  rope_theta: float = 10_000.0
-  rms_norm_eps: float = 1e-5
-  tie_word_embeddings: bool = True
-  qkv_bias: bool = False  # Qwen2
-  qk_norm: bool = False  # Qwen3
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.type in ('int', 'float') and not value > 0:
-        raise ValueError(f'model.{field.name}: {value} must be positive')
-    if self.num_attention_heads % self.num_key_value_heads:
-      raise ValueError(
-        f'model.num_attention_heads: {self.num_attention_heads} is not a multiple of '
-        f'num_key_value_heads {self.num_key_value_heads}'
-      )
-    if self.head_dim % 2:
-      raise ValueError(f'model.head_dim: {self.head_dim} must be even, rotary embedding turns pairs')
 
 
 class Weight(NamedTuple):
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]  # logical axes, see sharding.RULES
   scale: float  # standard deviation at init; 0 means zeros, -1 means ones
-  hf: str  # Hugging Face name; '{}' is the layer
-  fan_in: int = 0  # how many leading axes (after the layer) are inputs; Hugging Face stores [out, in]
+  hf: str  # Hugging Face name; '{layer}' and '{expert}' where it is one of several
+  fan_in: int = 0  # how many leading axes (after layer and expert) are inputs; Hugging Face stores [out, in]
+  first: int = 0  # the number of the first layer of the stack
 
 
 HEADS = ('lm', 'scalar')  # what a network says after a token: the next token's logits, one number (a reward, a value), or both
 
 
-def weight_table(arch: Arch, heads: tuple[str, ...] = ('lm',)) -> dict[str, dict[str, Weight] | Weight]:
-  """name -> Weight, layers stacked on the first axis. Residual outputs start smaller by sqrt(2 L) (GPT-2); the scalar head as
-  InstructGPT's (2203.02155), with standard deviation 1 / sqrt(D + 1)."""
-  a, L, D, H = arch, arch.num_hidden_layers, arch.hidden_size, arch.head_dim
-  A, K, F = a.num_attention_heads, a.num_key_value_heads, a.intermediate_size
-  std, out = D**-0.5, (2 * L) ** -0.5
-  attn, mlp = 'model.layers.{}.self_attn.', 'model.layers.{}.mlp.'
-  layers = {
-    'attn_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.input_layernorm.weight'),
+def attention_weights(a: Arch, L: int, out: float) -> dict[str, Weight]:
+  D, H, A, K, attn = a.hidden_size, a.head_dim, a.num_attention_heads, a.num_key_value_heads, 'model.layers.{layer}.self_attn.'
+  std, one = D**-0.5, 0 if a.norm_offset else -1
+  if a.kv_lora_rank:
+    R, Q, turned, V = a.kv_lora_rank, a.q_lora_rank, a.qk_rope_head_dim, a.v_head_dim
+    weights = {
+      'kv_down': Weight((L, D, R + turned), ('layer', 'embed', None), std, attn + 'kv_a_proj_with_mqa.weight', 1),
+      'kv_down_norm': Weight((L, R), ('layer', None), one, attn + 'kv_a_layernorm.weight'),
+      'kv_up': Weight((L, R, A, H - turned + V), ('layer', None, 'heads', None), R**-0.5, attn + 'kv_b_proj.weight', 1),
+      'o': Weight((L, A, V, D), ('layer', 'heads', None, 'embed'), (A * V) ** -0.5 * out, attn + 'o_proj.weight', 2),
+    }
+    if not Q:
+      return {'q': Weight((L, D, A, H), ('layer', 'embed', 'heads', None), std, attn + 'q_proj.weight', 1), **weights}
+    return {
+      'q_down': Weight((L, D, Q), ('layer', 'embed', None), std, attn + 'q_a_proj.weight', 1),
+      'q_down_norm': Weight((L, Q), ('layer', None), one, attn + 'q_a_layernorm.weight'),
+      'q_up': Weight((L, Q, A, H), ('layer', None, 'heads', None), Q**-0.5, attn + 'q_b_proj.weight', 1),
+      **weights,
+    }
+  weights = {
     'q': Weight((L, D, A, H), ('layer', 'embed', 'heads', None), std, attn + 'q_proj.weight', 1),
     'k': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'k_proj.weight', 1),
     'v': Weight((L, D, K, H), ('layer', 'embed', 'kv_heads', None), std, attn + 'v_proj.weight', 1),
     'o': Weight((L, A, H, D), ('layer', 'heads', None, 'embed'), (A * H) ** -0.5 * out, attn + 'o_proj.weight', 2),
-    'mlp_norm': Weight((L, D), ('layer', None), -1, 'model.layers.{}.post_attention_layernorm.weight'),
-    'gate': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'gate_proj.weight', 1),
-    'up': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, mlp + 'up_proj.weight', 1),
-    'down': Weight((L, F, D), ('layer', 'mlp', 'embed'), F**-0.5 * out, mlp + 'down_proj.weight', 1),
   }
   if a.qkv_bias:
-    layers['q_bias'] = Weight((L, A, H), ('layer', 'heads', None), 0, attn + 'q_proj.bias')
-    layers['k_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'k_proj.bias')
-    layers['v_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'v_proj.bias')
+    weights['q_bias'] = Weight((L, A, H), ('layer', 'heads', None), 0, attn + 'q_proj.bias')
+    weights['k_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'k_proj.bias')
+    weights['v_bias'] = Weight((L, K, H), ('layer', 'kv_heads', None), 0, attn + 'v_proj.bias')
   if a.qk_norm:
-    layers['q_norm'] = Weight((L, H), ('layer', None), -1, attn + 'q_norm.weight')
-    layers['k_norm'] = Weight((L, H), ('layer', None), -1, attn + 'k_norm.weight')
+    weights['q_norm'] = Weight((L, H), ('layer', None), one, attn + 'q_norm.weight')
+    weights['k_norm'] = Weight((L, H), ('layer', None), one, attn + 'k_norm.weight')
+  return weights
+
+
+def swiglu_weights(a: Arch, L: int, out: float, F: int, hf: str, prefix: str = '') -> dict[str, Weight]:
+  D, std = a.hidden_size, a.hidden_size**-0.5
+  return {
+    prefix + 'gate': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, hf + 'gate_proj.weight', 1),
+    prefix + 'up': Weight((L, D, F), ('layer', 'embed', 'mlp'), std, hf + 'up_proj.weight', 1),
+    prefix + 'down': Weight((L, F, D), ('layer', 'mlp', 'embed'), F**-0.5 * out, hf + 'down_proj.weight', 1),
+  }
+
+
+def expert_weights(a: Arch, L: int, out: float) -> dict[str, Weight]:
+  D, E, F, mlp = a.hidden_size, a.num_experts, a.moe_intermediate_size, 'model.layers.{layer}.mlp.'
+  std, one = D**-0.5, mlp + 'experts.{expert}.'
+  weights = {
+    'router': Weight((L, D, E), ('layer', 'embed', None), std, mlp + 'gate.weight', 1),
+    'experts_gate': Weight((L, E, D, F), ('layer', 'expert', 'embed', 'mlp'), std, one + 'gate_proj.weight', 1),
+    'experts_up': Weight((L, E, D, F), ('layer', 'expert', 'embed', 'mlp'), std, one + 'up_proj.weight', 1),
+    'experts_down': Weight((L, E, F, D), ('layer', 'expert', 'mlp', 'embed'), F**-0.5 * out, one + 'down_proj.weight', 1),
+  }
+  if a.scoring_func == 'sigmoid':
+    weights['router_bias'] = Weight((L, E), ('layer', None), 0, mlp + 'gate.e_score_correction_bias')
+  if a.n_shared_experts:
+    weights |= swiglu_weights(a, L, out, a.n_shared_experts * F, mlp + 'shared_experts.', 'shared_')
+  return weights
+
+
+def layer_weights(a: Arch, stack: str) -> dict[str, Weight]:
+  """The weights of a stack of layers. Residual outputs start smaller by sqrt(2 layers) (GPT-2)."""
+  layers, D, name = a.stacks[stack], a.hidden_size, 'model.layers.{layer}.'
+  L, out, one = len(layers), (2 * a.num_hidden_layers) ** -0.5, 0 if a.norm_offset else -1
+
+  def norm(hf: str) -> Weight:
+    return Weight((L, D), ('layer', None), one, name + hf + '.weight')
+
+  weights = {'attn_norm': norm('input_layernorm'), **attention_weights(a, L, out)}
+  if a.post_norms:
+    weights |= {
+      'attn_post_norm': norm('post_attention_layernorm'),
+      'mlp_norm': norm('pre_feedforward_layernorm'),
+      'mlp_post_norm': norm('post_feedforward_layernorm'),
+    }
+  else:
+    weights['mlp_norm'] = norm('post_attention_layernorm')
+  mixture = a.num_experts and stack == 'layers'
+  weights |= expert_weights(a, L, out) if mixture else swiglu_weights(a, L, out, a.intermediate_size, name + 'mlp.')
+  return {key: w._replace(first=layers.start) for key, w in weights.items()}
+
+
+def weight_table(arch: Arch, heads: tuple[str, ...] = ('lm',)) -> dict[str, dict[str, Weight] | Weight]:
+  """name -> Weight, layers stacked on the first axis. The scalar head starts as InstructGPT's (2203.02155), with standard deviation
+  1 / sqrt(D + 1)."""
+  a, D = arch, arch.hidden_size
   table: dict[str, Any] = {
-    'embed': Weight((a.vocab_size, D), ('vocab', 'embed'), std, 'model.embed_tokens.weight'),
-    'layers': layers,
-    'final_norm': Weight((D,), (None,), -1, 'model.norm.weight'),
+    'embed': Weight((a.vocab_size, D), ('vocab', 'embed'), D**-0.5, 'model.embed_tokens.weight'),
+    **{stack: layer_weights(a, stack) for stack in a.stacks},
+    'final_norm': Weight((D,), (None,), 0 if a.norm_offset else -1, 'model.norm.weight'),
   }
   if 'lm' in heads and not a.tie_word_embeddings:
-    table['lm_head'] = Weight((a.vocab_size, D), ('vocab', 'embed'), std, 'lm_head.weight')
+    table['lm_head'] = Weight((a.vocab_size, D), ('vocab', 'embed'), D**-0.5, 'lm_head.weight')
   if 'scalar' in heads:
     table['score'] = Weight((1, D), (None, 'embed'), (D + 1) ** -0.5, 'score.weight')
   return table
@@ -119,67 +148,26 @@ def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree
   return jax.tree_util.tree_map_with_path(make, weight_table(arch, heads), is_leaf=is_weight)
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-  """Statistics in float32 whatever the compute dtype, as every published checkpoint of the family was trained."""
-  x32 = x.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return x32.astype(x.dtype) * scale.astype(x.dtype)
+def cast(w: dict[str, Array], dtype: str) -> dict[str, Array]:
+  """A layer's weights as they compute. A router stays as it is: near ties decide."""
+  return {name: p if name.startswith('router') else p.astype(dtype) for name, p in w.items()}
 
 
-def rotate(x: Array, sin: Array, cos: Array) -> Array:
-  """Rotary embedding on [N, T, heads, H], half-split layout (Hugging Face's). sin, cos: [N, T, 1, H / 2] float32."""
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def rope_angles(arch: Arch, position_NT: Array) -> tuple[Array, Array]:
-  half = arch.head_dim // 2
-  frequency = arch.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = position_NT[..., None, None].astype(jnp.float32) * frequency
-  return jnp.sin(angle), jnp.cos(angle)
-
-
-def project_qkv(arch: Arch, w: dict[str, Array], x: Array) -> tuple[Array, Array, Array]:
-  """[N, T, D] -> q [N, T, heads, H], k and v [N, T, K, H]; one matmul where `fuse` joined the weights."""
-  heads, K, H = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
-  if 'qkv' in w:
-    qkv = (x @ w['qkv']).reshape(*x.shape[:-1], heads + 2 * K, H)
-    q, k, v = qkv[..., :heads, :], qkv[..., heads : heads + K, :], qkv[..., heads + K :, :]
-  else:
-    q, k, v = (jnp.einsum('ntd,dkh->ntkh', x, w[name]) for name in ('q', 'k', 'v'))
-  if arch.qkv_bias:
-    q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
-  if arch.qk_norm:
-    q, k = rms_norm(q, w['q_norm'], arch.rms_norm_eps), rms_norm(k, w['k_norm'], arch.rms_norm_eps)
-  return q, k, v
-
-
-def block(arch: Arch, w: dict[str, Array], x: Array, rope: tuple[Array, Array], attend: Callable) -> tuple[Array, Any]:
-  """One layer. `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants back (a cache, or None)."""
-  q, k, v = project_qkv(arch, w, rms_norm(x, w['attn_norm'], arch.rms_norm_eps))
-  out, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
-  x = x + jnp.einsum('ntkh,khd->ntd', out, w['o'])
-  y = rms_norm(x, w['mlp_norm'], arch.rms_norm_eps)
-  if 'gate_up' in w:
-    gate, up = jnp.split(y @ w['gate_up'], 2, axis=-1)
-  else:
-    gate, up = y @ w['gate'], y @ w['up']
-  return x + (jax.nn.silu(gate) * up) @ w['down'], kept
-
-
-def causal_attention(arch: Arch, position_NT: Array, segment_NT: Array) -> Callable:
-  """Attention within a segment, to positions not after one's own; float32 softmax. Padding is segment 0 and reads only padding."""
-  mask = (segment_NT[:, :, None] == segment_NT[:, None, :]) & (position_NT[:, :, None] >= position_NT[:, None, :])
-  bias = jnp.where(mask, 0.0, NEG_INF)[:, None, None]  # [N, 1, 1, T, S]
-
-  def attend(q, k, v):
-    N, T, heads, H = q.shape
-    q = q.reshape(N, T, arch.num_key_value_heads, -1, H)
-    scores = jnp.einsum('ntkqh,nskh->nkqts', q, k).astype(jnp.float32) * H**-0.5 + bias
-    out = jnp.einsum('nkqts,nskh->ntkqh', jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return out.reshape(N, T, heads, H), (k, v)
-
-  return attend
+def block(
+  arch: Arch,
+  w: dict[str, Array],
+  x: Array,
+  turn: rope.Angles,
+  attend: Callable,
+  absorbed: bool = False,
+  replay: Array | None = None,
+) -> tuple[Array, Any, Array | None]:
+  """(x after one layer, what `attend` kept, the experts chosen). `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants
+  back (a cache, or None). See attention.latent_attention for `absorbed`, experts.route for `replay`."""
+  out, kept = attention.attention(arch, w, attention.norm(arch, x, w['attn_norm']), turn, attend, absorbed)
+  x = x + (attention.norm(arch, out, w['attn_post_norm']) if arch.post_norms else out)
+  out, chosen = experts.mlp(arch, w, attention.norm(arch, x, w['mlp_norm']), replay)
+  return x + (attention.norm(arch, out, w['mlp_post_norm']) if arch.post_norms else out), kept, chosen
 
 
 REMAT = {
@@ -189,21 +177,48 @@ REMAT = {
 }
 
 
-def run_layers(
-  x: Array, layers: PyTree, arch: Arch, segment_NT: Array, position_NT: Array, dtype: str, remat: str = 'none', keep_cache: bool = False
-) -> tuple[Array, Any]:  # fmt: skip
-  """(x [N, T, D] after the stacked `layers`, their keys and values where the cache is kept)."""
-  attend = causal_attention(arch, position_NT, segment_NT)
-  rope = rope_angles(arch, position_NT)
+class Kept(NamedTuple):
+  """What a forward pass leaves beside its hidden states, stacked over layers; None where it was not asked for, or is not there."""
 
-  def layer(x, w):
-    w = jax.tree.map(lambda p: p.astype(dtype), w)
-    x, kept = block(arch, w, x, rope, attend)
-    return constrain(x, 'rows', None, None), kept if keep_cache else None
+  cache: Any = None  # k [L, N, T, K, H] and v
+  chosen: Array | None = None  # experts, int32 [layers with experts, N, T, k]
+
+
+def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position_NT: Array, dtype: str, remat: str = 'none',
+               layers: range | None = None, keep_cache: bool = False, replay: Array | None = None) -> tuple[Array, Kept]:  # fmt: skip
+  """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
+  layers, kinds = layers or range(arch.num_hidden_layers), arch.kinds
+  distinct = sorted({kinds[layer] for layer in layers})
+  contexts = [
+    (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
+  ]
+  context: Any = contexts[0]
+  if len(distinct) > 1:
+    context = jax.tree.map(lambda *every: jnp.stack(every), *contexts)
+
+  def layer(x, given):
+    w, kind, replayed = given
+    w = cast(w, dtype)
+    bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
+    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), replay=replayed)
+    return constrain(x, 'rows', None, None), Kept(kept if keep_cache else None, chosen)
 
   if REMAT[remat] is not None:
     layer = jax.checkpoint(layer, policy=REMAT[remat])
-  return jax.lax.scan(layer, x, layers)
+  every: list[Kept] = []
+  for stack, own in arch.stacks.items():
+    some = range(max(own.start, layers.start), min(own.stop, layers.stop))
+    if some:
+      part = slice(some.start - own.start, some.stop - own.start)
+      weights = params[stack] if len(some) == len(own) else jax.tree.map(lambda w, part=part: w[part], params[stack])
+      kind = None if len(distinct) == 1 else jnp.asarray([distinct.index(kinds[i]) for i in some])
+      replayed = replay[part] if replay is not None and stack == 'layers' else None
+      x, kept = jax.lax.scan(layer, x, (weights, kind, replayed))
+      every.append(kept)
+  cache = every[0].cache
+  if len(every) > 1:
+    cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(kept.cache for kept in every))
+  return x, Kept(cache, every[-1].chosen)
 
 
 def forward(
@@ -218,32 +233,33 @@ def forward(
   keep_cache: bool = False,
   frozen_layers: int = 0,
   features: Array | None = None,
-) -> tuple[Array, dict[str, Any]]:
-  """Hidden states [N, T, D] before the head, after the final norm. `extras['cache']`: k and v [L, N, T, K, H] where asked for.
+  replay: Array | None = None,
+) -> tuple[Array, Kept]:
+  """Hidden states [N, T, D] before the head, after the final norm.
 
   The first `frozen_layers` have no gradient, nor has the embedding below them; `features` [N, T, D] is what they give (see `trunk`), where
   that is known already.
   """
-  layers = params['layers']
   if frozen_layers:
     if features is None:
       features = trunk(params, arch, tokens, segment_NT, position_NT, frozen_layers, dtype)
     x = jax.lax.stop_gradient(features.astype(dtype))
-    layers = jax.tree.map(lambda w: w[frozen_layers:], layers)
   else:
-    x = constrain(embed(params, tokens, dtype), 'rows', None, None)
-  x, cache = run_layers(x, layers, arch, segment_NT, position_NT, dtype, remat, keep_cache)
-  return rms_norm(x, params['final_norm'].astype(dtype), arch.rms_norm_eps), {'cache': cache} if keep_cache else {}
+    x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
+  layers = range(frozen_layers, arch.num_hidden_layers)
+  x, kept = run_layers(x, params, arch, segment_NT, position_NT, dtype, remat, layers, keep_cache, replay)
+  return attention.norm(arch, x, params['final_norm'].astype(dtype)), kept
 
 
 def trunk(params: PyTree, arch: Arch, tokens: Array, segment_NT: Array, position_NT: Array, layers: int, dtype: str) -> Array:
   """[N, T, D]: what the first `layers` layers give."""
-  x = constrain(embed(params, tokens, dtype), 'rows', None, None)
-  return run_layers(x, jax.tree.map(lambda w: w[:layers], params['layers']), arch, segment_NT, position_NT, dtype)[0]
+  x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
+  return run_layers(x, params, arch, segment_NT, position_NT, dtype, layers=range(layers))[0]
 
 
-def embed(params: PyTree, tokens: Array, dtype: str) -> Array:
-  return params['embed'].astype(dtype)[tokens]
+def embed(params: PyTree, arch: Arch, tokens: Array, dtype: str) -> Array:
+  x = params['embed'].astype(dtype)[tokens]
+  return x * jnp.asarray(arch.hidden_size**0.5, dtype) if arch.scale_embeddings else x
 
 
 def head(params: PyTree) -> Array:
@@ -251,9 +267,10 @@ def head(params: PyTree) -> Array:
   return params['lm_head'] if 'lm_head' in params else params['embed']
 
 
-def logits(hidden: Array, head_VD: Array) -> Array:
+def logits(hidden: Array, head_VD: Array, softcap: float = 0.0) -> Array:
   """float32 logits: a bfloat16 softmax moves log-probabilities by more than a policy update does."""
-  return jnp.einsum('...d,vd->...v', hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  scores = jnp.einsum('...d,vd->...v', hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
 @functools.partial(jax.jit, static_argnames=('arch', 'dtype', 'fuse'))
@@ -261,13 +278,14 @@ def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[
   """Per-layer weights for the unrolled decode loop, made once a rollout. `fuse` joins q/k/v and gate/up into one matmul each
   (7 to 8 % of a decode step on CPU); off under tensor parallelism, where the joined axis would mix shards."""
   layers = []
-  for index in range(arch.num_hidden_layers):
-    w = {name: p[index].astype(dtype) for name, p in params['layers'].items()}
-    if fuse:
-      D = arch.hidden_size
-      w['qkv'] = jnp.concatenate([w.pop(n).reshape(D, -1) for n in ('q', 'k', 'v')], axis=-1)
-      w['gate_up'] = jnp.concatenate([w.pop('gate'), w.pop('up')], axis=-1)
-    layers.append(w)
+  for stack, numbers in arch.stacks.items():
+    for index in range(len(numbers)):
+      w = cast({name: p[index] for name, p in params[stack].items()}, dtype)
+      if fuse and 'k' in w:
+        w['qkv'] = jnp.concatenate([w.pop(n).reshape(arch.hidden_size, -1) for n in ('q', 'k', 'v')], axis=-1)
+      if fuse and 'gate' in w:
+        w['gate_up'] = jnp.concatenate([w.pop('gate'), w.pop('up')], axis=-1)
+      layers.append(w)
   return tuple(layers)
 
 
@@ -294,6 +312,11 @@ class Output(NamedTuple):
 
   hidden: Array  # [N, T, D]
   head: Array  # [V, D]
+  softcap: float = 0.0  # of the logits; 0: none
+
+
+def output_of(params: PyTree, arch: Arch, hidden: Array) -> Output:
+  return Output(hidden, head(params), arch.final_logit_softcapping)
 
 
 def over_vocabulary(function: Callable[..., PyTree], batch: Batch, outputs: Sequence[Output], *arrays: Array) -> PyTree:
@@ -309,7 +332,9 @@ def over_vocabulary(function: Callable[..., PyTree], batch: Batch, outputs: Sequ
     return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
 
   def chunk(*parts):
-    every = [constrain(logits(hidden, output.head), 'rows', None, 'vocab') for hidden, output in zip(parts, outputs)]
+    every = [
+      constrain(logits(hidden, output.head, output.softcap), 'rows', None, 'vocab') for hidden, output in zip(parts, outputs)
+    ]
     return function(*every, *parts[count:])
 
   # Row t of a hidden state speaks of token t + 1.
@@ -335,7 +360,7 @@ def log_probs(params: PyTree, arch: Arch, batch: Batch, temperature_N: Array | f
               **wanted: bool) -> tuple[Array, Array | None]:  # fmt: skip
   """`token_log_probs` after a forward pass."""
   hidden = hidden_states(params, arch, batch, dtype=dtype, remat=remat)
-  return token_log_probs(Output(hidden, head(params)), batch, temperature_N, **wanted)
+  return token_log_probs(output_of(params, arch, hidden), batch, temperature_N, **wanted)
 
 
 def token_log_probs(
@@ -380,7 +405,7 @@ def make_net(
 
   def output(params, rows):
     params, hidden = run(params, rows)
-    return Output(hidden, head(params))
+    return output_of(params, arch, hidden)
 
   def logp(params, rows, **wanted):
     return token_log_probs(output(params, rows), rows, temperature(rows), **wanted)
@@ -394,7 +419,7 @@ def make_net(
 
   def logp_and_scores(params, rows, **wanted):
     params, hidden = run(params, rows)
-    found = token_log_probs(Output(hidden, head(params)), rows, temperature(rows), **wanted)
+    found = token_log_probs(output_of(params, arch, hidden), rows, temperature(rows), **wanted)
     return *found, shifted(params, hidden, rows)
 
   return Net(logp, only_scores, logp_and_scores, output)

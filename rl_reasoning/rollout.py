@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import config as config_lib, model, sampling, sharding
+from rl_reasoning import attention, config as config_lib, model, rope, sampling, sharding
 from rl_reasoning.structs import Array, PyTree, Rollout
 
 
@@ -49,7 +49,9 @@ class Decoding(NamedTuple):
   tokens: Array  # [B, G, C]
   logp: Array  # [B, G, C]
   done: Array  # bool [B, G]
-  cache: tuple  # per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU
+  # Per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU. Values None: the first part
+  # of the keys (latent attention).
+  cache: tuple
 
 
 def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Array:
@@ -66,13 +68,17 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   """Prompt cache per layer, and the first sampled token of each row."""
   arch, (B, G, C) = decoder.arch, u_BGC.shape
   position = jnp.maximum(jnp.cumsum(valid_BP, axis=1) - 1, 0)
-  hidden, extras = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
-  k, v = extras['cache']  # [L, B, P, K, H]
-  cache = tuple((k[i].transpose(0, 2, 3, 1), v[i].transpose(0, 2, 1, 3)) for i in range(arch.num_hidden_layers))
-  logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params)), 'rows', None)
+  hidden, kept = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
+  k, v = kept.cache  # [L, B, P, K, H]
+  cache = tuple(
+    (k[i].transpose(0, 2, 3, 1), None if v is None else v[i].transpose(0, 2, 1, 3)) for i in range(arch.num_hidden_layers)
+  )
+  logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params), arch.final_logit_softcapping), 'rows', None)
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
-  kv = (B, G, arch.num_key_value_heads)
-  empty = (jnp.zeros((*kv, arch.head_dim, 0), decoder.dtype), jnp.zeros((*kv, 0, arch.head_dim), decoder.dtype))
+  kv = (B, G, k.shape[3])
+  empty = (
+    jnp.zeros((*kv, k.shape[4], 0), decoder.dtype), None if v is None else jnp.zeros((*kv, 0, v.shape[4]), decoder.dtype)
+  )  # fmt: skip
   return cache, Decoding(
     t=jnp.int32(1),
     tokens=jnp.zeros((B, G, C), jnp.int32).at[:, :, 0].set(token),
@@ -82,25 +88,41 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   )
 
 
-def cached_attention(arch: model.Arch, prompt_cache, prompt_bias, cache, t: Array):
+def cache_bias(valid_BP: Array, S: int, t: Array, window: int) -> tuple[Array, Array]:
+  """What the new token's scores get over the prompt [B, 1, 1, 1, P] and over its own completion [S]: prompts end where completions begin,
+  so how far back a slot lies is one number for all rows."""
+  prompt, own = valid_BP > 0, jnp.arange(S) < t
+  if window:
+    P = valid_BP.shape[1]
+    prompt, own = prompt & (P + t - 1 - jnp.arange(P) < window), own & (t - 1 - jnp.arange(S) < window)
+  return jnp.where(prompt[:, None, None, None], 0.0, attention.NEG_INF), jnp.where(own, 0.0, attention.NEG_INF)
+
+
+def cached_attention(arch: model.Arch, prompt_cache, cache, bias: tuple[Array, Array], t: Array):
   """Attention of one new token a row over its prompt (shared by the group) and its own completion so far."""
-  keys, values = cache
-  S = keys.shape[-1]
-  own_bias = jnp.where(jnp.arange(S) < t, 0.0, model.NEG_INF)
+  (keys, values), (prompt_bias, own_bias), scale = cache, bias, rope.score_scale(arch)
+
+  def latents(keys):  # [..., H, S] -> [..., S, R]
+    return jnp.swapaxes(keys[..., : arch.kv_lora_rank, :], -1, -2)
 
   def attend(q, k, v):
     B, G, heads, H = q.shape
     own_k = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None], t - 1, axis=4)
-    own_v = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t - 1, axis=3)
-    q = q.reshape(B, G, arch.num_key_value_heads, -1, H) * jnp.asarray(H**-0.5, q.dtype)
-    prompt = jnp.einsum('bgkqh,bkhp->bgkqp', q, prompt_cache[0]).astype(jnp.float32) + prompt_bias
-    own = jnp.einsum('bgkqh,bgkhs->bgkqs', q, own_k).astype(jnp.float32) + own_bias
+    if v is None:
+      kept, prompt_v, own_v = (own_k, None), latents(prompt_cache[0]), latents(own_k)
+    else:
+      own_v = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t - 1, axis=3)
+      kept, prompt_v = (own_k, own_v), prompt_cache[1]
+    q = q.reshape(B, G, k.shape[2], -1, H) * jnp.asarray(scale, q.dtype)
+    prompt = jnp.einsum('bgkqh,bkhp->bgkqp', q, prompt_cache[0]).astype(jnp.float32)
+    own = jnp.einsum('bgkqh,bgkhs->bgkqs', q, own_k).astype(jnp.float32)
+    prompt, own = attention.capped(arch, prompt) + prompt_bias, attention.capped(arch, own) + own_bias
     best = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
     prompt, own = jnp.exp(prompt - best), jnp.exp(own - best)
     total = prompt.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-    out = jnp.einsum('bgkqp,bkph->bgkqh', prompt.astype(v.dtype), prompt_cache[1])
-    out = out + jnp.einsum('bgkqs,bgksh->bgkqh', own.astype(v.dtype), own_v)
-    return (out / total.astype(v.dtype)).reshape(B, G, heads, H), (own_k, own_v)
+    out = jnp.einsum('bgkqp,bkph->bgkqh', prompt.astype(prompt_v.dtype), prompt_v)
+    out = out + jnp.einsum('bgkqs,bgksh->bgkqh', own.astype(own_v.dtype), own_v)
+    return (out / total.astype(out.dtype)).reshape(B, G, heads, -1), kept
 
   return attend
 
@@ -114,7 +136,7 @@ def grow(cache: tuple, size: int) -> tuple:
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)
 
-  return tuple((pad(k, 4), pad(v, 3)) for k, v in cache)
+  return tuple((pad(k, 4), None if v is None else pad(v, 3)) for k, v in cache)
 
 
 @functools.partial(jax.jit, static_argnames=('decoder',), donate_argnames=('state',))
@@ -124,19 +146,21 @@ def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, 
   over layers is 2.2 times slower on CPU."""
   arch, C = decoder.arch, u_BGC.shape[-1]
   limit = jnp.minimum(until, min(state.cache[0][0].shape[-1] + 1, C))
-  prompt_bias = jnp.where(valid_BP, 0.0, model.NEG_INF)[:, None, None, None]
-  length_B = jnp.sum(valid_BP, axis=1)
+  length_B, kinds, S = jnp.sum(valid_BP, axis=1), arch.kinds, state.cache[0][0].shape[-1]
 
   def body(state: Decoding) -> Decoding:
     t = state.t
     token = jax.lax.dynamic_index_in_dim(state.tokens, t - 1, axis=2, keepdims=False)
     position = jnp.broadcast_to((length_B + t - 1)[:, None], token.shape)
-    rope, x, cache = model.rope_angles(arch, position), model.embed(params, token, decoder.dtype), []
-    for w, prompt_kv, own_kv in zip(layers, prompt_cache, state.cache, strict=True):
-      x, kept = model.block(arch, w, x, rope, cached_attention(arch, prompt_kv, prompt_bias, own_kv, t))
+    turns = {kind: rope.angles(arch, position, kind) for kind in {kind.rope for kind in kinds}}
+    biases = {window: cache_bias(valid_BP, S, t, window) for window in {kind.window for kind in kinds}}
+    x, cache = model.embed(params, arch, token, decoder.dtype), []
+    for w, kind, prompt_kv, own_kv in zip(layers, kinds, prompt_cache, state.cache, strict=True):
+      attend = cached_attention(arch, prompt_kv, own_kv, biases[kind.window], t)
+      x, kept, _ = model.block(arch, w, x, turns[kind.rope], attend, absorbed=True)
       cache.append(kept)
-    x = model.rms_norm(x, params['final_norm'].astype(x.dtype), arch.rms_norm_eps)
-    logits = sharding.constrain(model.logits(x, model.head(params)), 'rows', None, None)
+    x = attention.norm(arch, x, params['final_norm'].astype(x.dtype))
+    logits = sharding.constrain(model.logits(x, model.head(params), arch.final_logit_softcapping), 'rows', None, None)
     token, logp = decoder.pick(logits, jax.lax.dynamic_index_in_dim(u_BGC, t, axis=2, keepdims=False))
     token, logp = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logp)
     return Decoding(

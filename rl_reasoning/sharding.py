@@ -20,6 +20,7 @@ RULES = {
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
+  'expert': None,
 }
 
 

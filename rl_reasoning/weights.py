@@ -8,31 +8,29 @@ are compared before the first tensor is read, and every weight is built and put 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_reasoning import model
-from rl_reasoning.config import ConfigError, check, from_mapping
+from rl_reasoning import families, model
+from rl_reasoning.config import ConfigError, check
+from rl_reasoning.families import hf_arch, make_arch, read_json
 from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
+from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors, whole
 from rl_reasoning.tokenizer import HFTokenizer
 
-# model_type -> (what the classes that transformers builds begin with, what sets it apart from the others)
-FAMILIES: dict[str, tuple[str, dict[str, bool]]] = {
-  'llama': ('Llama', {'qkv_bias': False, 'qk_norm': False}),
-  'qwen2': ('Qwen2', {'qkv_bias': True, 'qk_norm': False}),
-  'qwen3': ('Qwen3', {'qkv_bias': False, 'qk_norm': True}),
-}
 CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
@@ -42,23 +40,6 @@ TOKENIZER_FILES = (
 
 def is_gguf(path: str) -> bool:
   return path.endswith('.gguf')
-
-
-def make_arch(file: str, settings: Mapping[str, Any]) -> Arch:
-  try:
-    return from_mapping(Arch, settings)
-  except ValueError as error:
-    raise ConfigError(f'{file}: {error}') from None
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-  check(file.is_file(), f'{file}: no such file')
-  try:
-    value = json.loads(file.read_text())
-  except ValueError as error:
-    raise ConfigError(f'{file}: not JSON: {error}') from None
-  check(isinstance(value, dict), f'{file}: holds no JSON object')
-  return value
 
 
 def read_arch(path: str) -> Arch:
@@ -89,48 +70,6 @@ def score_shift(path: str) -> float:
   good = isinstance(shift, (int, float)) and not isinstance(shift, bool) and math.isfinite(shift)
   check(good, f'{file}: score_shift {shift!r} is no finite number')
   return float(shift)
-
-
-def hf_arch(file: pathlib.Path) -> Arch:
-  config = read_json(file)
-
-  def need(key: str) -> Any:
-    check(config.get(key) is not None, f'{file}: no key {key!r}')
-    return config[key]
-
-  family = need('model_type')
-  check(family in FAMILIES, f'{file}: model_type {family!r} is none of {", ".join(FAMILIES)}')
-  check(config.get('hidden_act', 'silu') == 'silu', f'{file}: hidden_act {config.get("hidden_act")!r} is not silu')
-  for key in ('attention_bias', 'mlp_bias'):
-    check(not config.get(key), f'{file}: {key} is on: the model has no bias on its output projections')
-  check(config.get('partial_rotary_factor') in (None, 1), f'{file}: partial_rotary_factor {config.get("partial_rotary_factor")}')
-  for key in ('rope_scaling', 'rope_parameters'):
-    check(isinstance(config.get(key) or {}, dict), f'{file}: {key} {config.get(key)!r} is no JSON object')
-  rope = {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  check(kind in ('default', 'none', None), f'{file}: rope type {kind!r} is not built, only the default one is')
-  known = {'rope_type', 'type', 'rope_theta', 'factor'}  # 'default' reads no other
-  check(not rope.keys() - known, f'{file}: rope parameters {sorted(rope.keys() - known)} are not known')
-  for key in ('num_hidden_layers', 'num_attention_heads', 'hidden_size'):
-    check(isinstance(need(key), int) and need(key) > 0, f'{file}: {key} {config[key]!r} is no positive integer')
-  layers, heads = config['num_hidden_layers'], config['num_attention_heads']
-  if config.get('layer_types'):
-    other = sorted(set(map(str, config['layer_types'])) - {'full_attention'})
-    check(not other, f'{file}: layer_types {", ".join(other)}: only full attention is built')
-  elif config.get('use_sliding_window') and config.get('sliding_window'):
-    first = config.get('max_window_layers', 28)
-    check(first >= layers, f'{file}: sliding_window {config["sliding_window"]} is in use from layer {first} of {layers}')
-  theta = rope.get('rope_theta', config.get('rope_theta'))
-  return make_arch(str(file), {
-    **{key: need(key) for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'rms_norm_eps')},
-    'num_hidden_layers': layers,
-    'num_attention_heads': heads,
-    'num_key_value_heads': heads if config.get('num_key_value_heads') is None else config['num_key_value_heads'],
-    'head_dim': config['hidden_size'] // heads if config.get('head_dim') is None else config['head_dim'],
-    'rope_theta': 10_000.0 if theta is None else theta,  # as transformers fills it in
-    'tie_word_embeddings': bool(config.get('tie_word_embeddings', False)),
-    **FAMILIES[family][1],
-  })  # fmt: skip
 
 
 def gguf_arch(path: str) -> Arch:
@@ -165,40 +104,37 @@ def gguf_arch(path: str) -> Arch:
   return arch
 
 
-class Tensor(NamedTuple):
-  file: str
-  shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
-
-
-def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-  import safetensors
-
-  index = folder / 'model.safetensors.index.json'
-  if index.is_file():
-    names: Any = read_json(index).get('weight_map')
-    good = isinstance(names, dict) and bool(names) and all(isinstance(name, str) for name in names.values())
-    check(good, f"{index}: no key 'weight_map' of tensor names to file names")
-    files = [folder / name for name in sorted(set(names.values()))]
-  else:
-    files = [folder / 'model.safetensors']
-    if not files[0].is_file():
-      pickles = sorted(p.name for pattern in ('*.bin', '*.pt', '*.pth') for p in folder.glob(pattern))
-      check(not pickles, f'{folder}: only {", ".join(pickles)}: pickle is not read; convert the weights to safetensors')
-      raise ConfigError(f'{folder}: no weights (model.safetensors or model.safetensors.index.json)')
-  result = {}
-  for file in files:
-    check(file.is_file(), f'{file}: no such file, but {index.name} names it')
-    try:
-      opened = safetensors.safe_open(file, framework='np')
-      for name in opened.keys():  # noqa: SIM118
-        part = opened.get_slice(name)
-        kind = part.get_dtype()
-        check(kind in ('F32', 'F16', 'BF16', 'F64'), f'{file}: tensor {name}: dtype {kind} is not read')
-        result[name] = Tensor(str(file), tuple(part.get_shape()), lambda opened=opened, name=name: opened.get_tensor(name))
-    except (safetensors.SafetensorError, OSError) as error:
-      raise ConfigError(f'{file}: truncated or no safetensors file: {error}') from None
+def our_names(tensors: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
+  """The tensors of a folder under the names of the weight table; fused projections apart."""
+  ours, _ = families.rename(families.family_of(arch))
+  result = {ours(name): tensor for name, tensor in tensors.items()}
+  for fused, parts in fused_parts(arch).items():
+    if fused not in result:
+      continue
+    tensor, start = result.pop(fused), 0
+    for name, rows in parts.items():
+      result[name] = Tensor(tensor.file, (rows, *tensor.shape[1:]), functools.partial(rows_from, tensor, start))
+      start += rows
+    check(start == tensor.shape[0], f'{tensor.file}: tensor {fused} has {tensor.shape[0]} rows, the architecture needs {start}')
   return result
+
+
+def rows_from(tensor: Tensor, start: int, at: Slices) -> np.ndarray:
+  first = slice(at[0].start + start, at[0].stop + start)
+  return tensor.read((first, *at[1:]))
+
+
+def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
+  """name of a fused tensor -> names and rows of its parts, in their order (Phi-3)."""
+  if families.family_of(arch) != 'phi3':
+    return {}
+  found = {}
+  for layer in range(arch.num_hidden_layers):
+    attn, mlp, H = f'model.layers.{layer}.self_attn.', f'model.layers.{layer}.mlp.', arch.head_dim
+    heads = {'q': arch.num_attention_heads, 'k': arch.num_key_value_heads, 'v': arch.num_key_value_heads}
+    found[attn + 'qkv_proj.weight'] = {f'{attn}{name}_proj.weight': count * H for name, count in heads.items()}
+    found[mlp + 'gate_up_proj.weight'] = {f'{mlp}{name}_proj.weight': arch.intermediate_size for name in ('gate', 'up')}
+  return found
 
 
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
@@ -220,97 +156,114 @@ def hf_name(name: str) -> str:
 def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
   import gguf
 
-  def read(tensor, heads: int | None) -> np.ndarray:
+  def read(tensor, heads: int | None, at: Slices) -> np.ndarray:
     try:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
     if heads:  # rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-    return x
+    return x[at]
 
   heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
   result = {}
   for tensor in open_gguf(path).tensors:
     paired = heads.get('.'.join(tensor.name.split('.')[2:]))
     shape = tuple(tensor.shape.tolist()[::-1])
-    result[hf_name(tensor.name)] = Tensor(path, shape, lambda tensor=tensor, paired=paired: read(tensor, paired))
+    result[hf_name(tensor.name)] = Tensor(path, shape, functools.partial(read, tensor, paired))
   return result
 
 
-def layers_of(w: Weight) -> list[str]:
-  """The Hugging Face names of a weight: one a layer where it is stacked."""
-  return [w.hf.format(layer) for layer in range(w.shape[0])] if '{}' in w.hf else [w.hf]
+def parts_of(w: Weight) -> dict[tuple[int, ...], str]:
+  """index of the leading axes -> Hugging Face name: one a layer, and an expert, where the weight is stacked."""
+  stacked = [w.shape[axis] for axis, name in enumerate(('{layer}', '{expert}')) if name in w.hf]
+  numbers = np.ndindex(*stacked)
+  return {n: w.hf.format(layer=w.first + n[0], expert=n[-1]) if n else w.hf for n in numbers}
+
+
+def stacked_axes(w: Weight) -> int:
+  return ('{layer}' in w.hf) + ('{expert}' in w.hf)
 
 
 def hf_shape(w: Weight) -> tuple[int, ...]:
-  if '{}' not in w.hf:
-    return w.shape
-  inputs, outputs = w.shape[1 : 1 + w.fan_in], w.shape[1 + w.fan_in :]
+  """The shape of one of its tensors in a file."""
+  own = w.shape[stacked_axes(w) :]
+  if not stacked_axes(w):
+    return own
+  inputs, outputs = own[: w.fan_in], own[w.fan_in :]
   return (math.prod(outputs), math.prod(inputs)) if w.fan_in else (math.prod(outputs),)
 
 
+def flat_slice(shape: Sequence[int], at: Slices) -> slice:
+  """The part of the axes, flattened into one, that `at` selects: of the first a part, of the others all."""
+  parts = [part.indices(size)[:2] for part, size in zip(at, shape, strict=True)]
+  assert all(part == (0, size) for part, size in zip(parts[1:], shape[1:])), (shape, at)
+  rest = math.prod(shape[1:])
+  return slice(parts[0][0] * rest, parts[0][1] * rest)
+
+
+def read_part(w: Weight, tensors: Mapping[str, Tensor], index: Slices) -> np.ndarray:
+  """float32: the part of a weight that `index` selects, read slice by slice."""
+  front = stacked_axes(w)
+  x = np.empty([len(range(*part.indices(size))) for part, size in zip(index, w.shape, strict=True)], np.float32)
+  own, at, names = w.shape[front:], index[front:], parts_of(w)
+  if not front:
+    return tensors[w.hf].read(tuple(slice(*part.indices(size)) for part, size in zip(at, own))).astype(np.float32)
+  inputs, outputs = slice(0, w.fan_in), slice(w.fan_in, None)
+  rows = flat_slice(own[outputs], at[outputs])
+  stored = (rows, flat_slice(own[inputs], at[inputs])) if w.fan_in else (rows,)
+  chosen = [range(*part.indices(size)) for part, size in zip(index[:front], w.shape)]
+  for n in np.ndindex(*x.shape[:front]):
+    part = tensors[names[tuple(numbers[i] for numbers, i in zip(chosen, n))]].read(stored)
+    x[n] = (part.T if w.fan_in else part).reshape(x.shape[front:])
+  return x
+
+
 def check_tensors(path: str, arch: Arch, heads: tuple[str, ...], tensors: Mapping[str, Tensor]) -> None:
-  """Exactly the weights of the table, in their shapes; beside them only what says nothing (buffers, a copy of a tied embedding)."""
+  """Exactly the weights of the table, in their shapes; beside them only what the family's list of names ignores, and a copy of a tied
+  embedding."""
   table = jax.tree.leaves(model.weight_table(arch, heads), is_leaf=model.is_weight)
-  expected = {name: hf_shape(w) for w in table for name in layers_of(w)}
+  expected = {name: hf_shape(w) for w in table for name in parts_of(w).values()}
   missing = [name for name in expected if name not in tensors]
   check(not missing, f'{path}: {len(missing)} weights are missing: {", ".join(missing[:4])}{", ..." * (len(missing) > 4)}')
   for name, shape in expected.items():
     file, found, _ = tensors[name]
     check(found == shape, f'{file}: tensor {name} has shape {found}, the architecture needs {shape}')
-  unused = [name for name in tensors if name not in expected and not name.endswith('rotary_emb.inv_freq')]
+  ignored = re.compile(families.ignored(arch))
+  unused = [name for name in tensors if name not in expected and not ignored.fullmatch(name)]
   head, embed = tensors.get('lm_head.weight'), tensors['model.embed_tokens.weight']
   if arch.tie_word_embeddings and head is not None:
     unused.remove('lm_head.weight')
-    same = head.shape == embed.shape and np.array_equal(head.read(), embed.read())
+    same = head.shape == embed.shape and np.array_equal(whole(head), whole(embed))
     check(same, f'{head.file}: tensor lm_head.weight differs from the embedding that tie_word_embeddings ties it to')
   if unused:
     more = ', ...' * (len(unused) > 4)
     raise ConfigError(f'{tensors[unused[0]].file}: {len(unused)} tensors that no weight reads: {", ".join(unused[:4])}{more}')
 
 
+def open_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
+  """The tensors of a folder or file under the names of the weight table; nothing is read yet."""
+  return gguf_tensors(path, arch) if is_gguf(path) else our_names(safetensors_tensors(pathlib.Path(path)), arch)
+
+
 def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[str, ...] = ('lm',)) -> PyTree:
-  """The parameters, float32, from a Hugging Face folder or a GGUF file, each put into its sharding (None: the default device).
+  """The parameters, float32, from a Hugging Face folder or a GGUF file. Every device's part of a weight is read by itself (None: all of
+  it, for the default device), so that the host never holds more of it.
 
   Of `heads` those that the source has (see `source_heads`): one that it lacks is the caller's to make, one that is not asked for is left
   out. `shardings` are those of what is returned.
   """
-  tensors = gguf_tensors(path, arch) if is_gguf(path) else safetensors_tensors(pathlib.Path(path))
-  source = source_heads(path)
+  tensors, source = open_tensors(path, arch), source_heads(path)
   check_tensors(path, arch, source, tensors)
 
   def put(w: Weight, sharding=None) -> jax.Array:
-    names = layers_of(w)
-    x = np.empty(w.shape, np.float32)
-    for part, name in zip(x if '{}' in w.hf else [x], names, strict=True):
-      stored = tensors[name].read()
-      part[...] = (stored.T if w.fan_in else stored).reshape(part.shape)
-    return jnp.asarray(x) if sharding is None else jax.make_array_from_callback(w.shape, sharding, lambda index: x[index])
+    if sharding is None:
+      return jnp.asarray(read_part(w, tensors, tuple(slice(0, size) for size in w.shape)))
+    return jax.make_array_from_callback(w.shape, sharding, lambda index: read_part(w, tensors, index or ()))
 
   table = model.weight_table(arch, tuple(head for head in heads if head in source))
   trees = (table,) + (() if shardings is None else (shardings,))
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
-
-
-def hf_config(arch: Arch, head: str) -> dict[str, Any]:
-  own = {'qkv_bias': arch.qkv_bias, 'qk_norm': arch.qk_norm}
-  family = next((name for name, (_, traits) in FAMILIES.items() if traits == own), None)
-  if family is None:
-    raise ConfigError('an architecture with both qkv_bias and qk_norm has no model_type in transformers')
-  fields = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
-            'head_dim', 'rms_norm_eps', 'tie_word_embeddings')  # fmt: skip
-  return {
-    'architectures': [FAMILIES[family][0] + CLASSES[head]],
-    'model_type': family,
-    'dtype': 'float32',
-    'hidden_act': 'silu',
-    **{name: getattr(arch, name) for name in fields},
-    'rope_theta': arch.rope_theta,  # where transformers 4 and most other readers look
-    'rope_parameters': {'rope_type': 'default', 'rope_theta': arch.rope_theta},
-    'bos_token_id': None,  # the tokenizer and generation_config.json know; a class's default would be wrong
-    'eos_token_id': None,
-  }
 
 
 def save_tokenizer(source: str, folder: pathlib.Path) -> None:
@@ -348,6 +301,59 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   return pad
 
 
+def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors under the family's names, float32, one after another: the host holds one of them at a time."""
+  _, theirs = families.rename(families.family_of(arch))
+  fused = {name: (whole, list(parts)) for whole, parts in fused_parts(arch).items() for name in parts}
+  waiting: dict[str, np.ndarray] = {}
+  weights = zip(
+    jax.tree.leaves(table, is_leaf=model.is_weight), jax.tree.leaves({name: params[name] for name in table}), strict=True
+  )
+  for w, stacked in weights:
+    shape = hf_shape(w)
+    for n, name in parts_of(w).items():
+      x = np.asarray(stacked[n], np.float32)
+      x = np.ascontiguousarray(x.reshape(shape[::-1]).T if w.fan_in else x.reshape(shape))
+      if name not in fused:
+        yield theirs(name), x
+        continue
+      waiting[name], (joined, parts) = x, fused[name]
+      if all(part in waiting for part in parts):
+        yield theirs(joined), np.concatenate([waiting.pop(part) for part in parts])
+
+
+SHARD_BYTES = 5 * 2**30  # as transformers splits files
+
+
+def write_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Path, shard_bytes: int = SHARD_BYTES) -> None:
+  """model.safetensors, or, where there is more than `shard_bytes`, parts of at most that and the index that names them."""
+  import safetensors.numpy
+
+  files: list[list[str]] = []
+  held: dict[str, np.ndarray] = {}
+  total = 0
+
+  def write() -> None:
+    safetensors.numpy.save_file(held, folder / f'part{len(files)}', metadata={'format': 'pt'})
+    files.append(list(held))
+    held.clear()
+
+  for name, x in tensors:
+    if held and sum(y.nbytes for y in held.values()) + x.nbytes > shard_bytes:
+      write()
+    held[name] = x
+    total += x.nbytes
+  write()
+  if len(files) == 1:
+    (folder / 'part0').rename(folder / 'model.safetensors')
+    return
+  names = [f'model-{i + 1:05d}-of-{len(files):05d}.safetensors' for i in range(len(files))]
+  for i, name in enumerate(names):
+    (folder / f'part{i}').rename(folder / name)
+  index = {'metadata': {'total_size': total}, 'weight_map': {t: name for name, own in zip(names, files) for t in own}}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+
+
 def save(
   params: PyTree,
   arch: Arch,
@@ -361,12 +367,11 @@ def save(
   With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
   no padding, and transformers refuses batches of several rows.
   """
-  import safetensors.numpy
-
   target = pathlib.Path(path).absolute()
   check(not os.path.lexists(target), f'{path}: exists already')
   check(len(heads) == 1, f'{path}: transformers has no class with the heads {", ".join(heads)}: save one')
-  config, table = hf_config(arch, heads[0]), model.weight_table(arch, heads)
+  config, table = families.hf_config(arch, CLASSES[heads[0]]), model.weight_table(arch, heads)
+  families.check_exports(arch, config)
   if heads == ('scalar',):
     config |= {
       'num_labels': 1,
@@ -384,16 +389,7 @@ def save(
 
   try:
     write_config()
-    tensors = {}
-
-    def add(w: Weight, stacked: jax.Array) -> None:
-      x = np.asarray(stacked, np.float32)
-      for name, piece in zip(layers_of(w), x if '{}' in w.hf else [x], strict=True):
-        shape = hf_shape(w)
-        tensors[name] = np.ascontiguousarray(piece.reshape(shape[::-1]).T if w.fan_in else piece.reshape(shape))
-
-    jax.tree.map(add, table, {name: params[name] for name in table}, is_leaf=model.is_weight)
-    safetensors.numpy.save_file(tensors, part / 'model.safetensors', metadata={'format': 'pt'})
+    write_tensors(published(params, table, arch), part)
     if tokenizer_path:
       save_tokenizer(tokenizer_path, part)
     if heads == ('scalar',) and tokenizer_path:

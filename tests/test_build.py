@@ -15,7 +15,20 @@ import numpy as np
 import pytest
 
 from launch import sweep_entries
-from rl_reasoning import build, collect, config, data, evaluators, metrics, model, optim, pipeline, rollout, sharding, weights
+from rl_reasoning import (
+  build,
+  collect,
+  config,
+  data,
+  evaluators,
+  families,
+  metrics,
+  model,
+  optim,
+  pipeline,
+  rollout,
+  sharding,
+)
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
@@ -189,6 +202,10 @@ BOOKKEEPING = {'log_every', 'checkpoint.every', 'checkpoint.keep', 'data.cache_d
 
 # They act from the second step on: tests/test_data.py, and test_features_are_remembered.
 ELSEWHERE = {'data.curriculum_floor', 'data.mixture.b.task', 'data.mixture.b.train_size', 'optim.cache_features'}
+# And of the architecture what no preset of these tests has: tests/test_families.py.
+ELSEWHERE |= {
+  f'model.arch.{key}' for key in config.flatten(dataclasses.asdict(PRESETS['tiny'])) if f'model.arch.{key}' not in OTHER
+}
 
 # They stand in the program; that they decide nothing is test_what_stands_by and tests/test_ppo.py. The last ones are made wherever they
 # are set.
@@ -672,7 +689,7 @@ def test_trunks_of_other_roles(tmp_path, monkeypatch):
   for name, layers in (('ref', 2), ('critic', 1)):
     (tmp_path / name).mkdir()
     arch = dataclasses.replace(PRESETS['tiny'], num_hidden_layers=layers)
-    (tmp_path / name / 'config.json').write_text(json.dumps(weights.hf_config(arch, 'lm')))
+    (tmp_path / name / 'config.json').write_text(json.dumps(families.hf_config(arch, 'ForCausalLM')))
   make_net, frozen = model.make_net, []
   monkeypatch.setattr(model, 'make_net', lambda *given, **keys: frozen.append(keys['frozen_layers']) or make_net(*given, **keys))
   dpo = config.merge(SETTINGS['dpo'], {'optim': {'frozen_layers': 1, 'cache_features': True}})

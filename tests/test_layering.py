@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-  ('structs', 'config', 'environment'),
+  ('structs', 'config', 'environment', 'arch'),
   (
     'sharding',
     'tokenizer',
@@ -24,8 +24,8 @@ LEVELS = (
     'api',
     'verify',
   ),
-  ('tasks', 'model', 'data', 'preferences', 'dedup', 'optim'),
-  ('presets', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
+  ('tasks', 'rope', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
+  ('presets', 'families', 'tensors', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
   (
     'evaluators',

@@ -204,7 +204,7 @@ def test_failed_save_leaves_nothing(tmp_path):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(ConfigError, match='empty: no tokenizer files'):
     weights.save(params, arch, str(tmp_path / 'out'), str(tmp_path / 'empty'))
-  with pytest.raises(ConfigError, match='qkv_bias and qk_norm'):
+  with pytest.raises(ConfigError, match='no model of type llama with qkv_bias True, qk_norm True'):
     weights.save(params, dataclasses.replace(arch, qkv_bias=True, qk_norm=True), str(tmp_path / 'out'))
   assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
@@ -274,22 +274,22 @@ def test_tensors_that_say_nothing_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize('config, message', [
-  ({'model_type': 'mixtral'}, r"config\.json: model_type 'mixtral' is none of llama, qwen2, qwen3"),
+  ({'model_type': 'gpt2'}, r"config\.json: model_type 'gpt2' is none of llama, mistral, smollm3, qwen2"),
   ({'model_type': None}, "config.json: no key 'model_type'"),
   ({'vocab_size': None}, "no key 'vocab_size'"),
   ({'num_attention_heads': None}, "no key 'num_attention_heads'"),
   ({'num_attention_heads': '4'}, "num_attention_heads '4' is no positive integer"),
   ({'intermediate_size': 'x'}, 'intermediate_size.*not of type int'),
   ({'num_key_value_heads': 3}, 'config.json: .*not a multiple'),
-  ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+  ({'hidden_act': 'gelu'}, "hidden_act: 'gelu' is none of"),
   ({'attention_bias': True}, 'attention_bias'),
   ({'mlp_bias': True}, 'mlp_bias'),
-  ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}, 'rope_parameters': None}, "rope type 'llama3'"),
-  ({'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'rope_parameters': None}, "rope type 'linear'"),
-  ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope type 'yarn'"),
-  ({'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}, 'full_attention'),
+  ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}, 'rope_parameters': None}, "rope type 'llama3' needs low_freq_factor"),
+  ({'rope_scaling': {'type': 'linear'}, 'rope_parameters': None}, "rope type 'linear' needs a factor"),
+  ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, "rope type 'yarn' needs a factor"),
+  ({'rope_parameters': {'full_attention': {'rope_theta': 1e4}}}, 'local_rope_theta cannot act: no layer has a window'),
   ({'layer_types': ['full_attention', 'sliding_attention']}, 'sliding_attention'),
-  ({'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 1}, 'sliding_window 8 is in use from layer 1 of 2'),
+  ({'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 1}, "a model of type 'llama' has no layers"),
 ])  # fmt: skip
 def test_config_that_is_not_this_model(tmp_path, config, message):
   with pytest.raises(ConfigError, match=message):
@@ -306,7 +306,8 @@ def test_classifiers_that_are_no_reward_model(tmp_path):
 
 
 def test_sliding_window_that_is_not_in_use(tmp_path):
-  weights.read_arch(copy(tmp_path, config={'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 2}))
+  qwen2 = {'use_sliding_window': True, 'sliding_window': 8, 'max_window_layers': 2, 'layer_types': None}
+  assert weights.read_arch(copy(tmp_path, 'qwen2', qwen2)) == weights.read_arch(str(FIXTURES / 'qwen2'))
 
 
 def test_folders_that_are_no_model(tmp_path):
