@@ -1,6 +1,6 @@
 """The architecture record: everything that sets one decoder-only transformer apart from another. Field names follow Hugging Face's.
 
-What a family is called plays no part in the forward function; `weights.py` maps families to records and back.
+What a family is called plays no part in the forward function; `families.py` maps families to records and back.
 """
 
 from __future__ import annotations

@@ -259,7 +259,15 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   def put(w: Weight, sharding=None) -> jax.Array:
     if sharding is None:
       return jnp.asarray(read_part(w, tensors, tuple(slice(0, size) for size in w.shape)))
-    return jax.make_array_from_callback(w.shape, sharding, lambda index: read_part(w, tensors, index or ()))
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it: it is read once
+
+    def part(index):
+      key = str(index)
+      if key not in parts:
+        parts[key] = read_part(w, tensors, index)
+      return parts[key]
+
+    return jax.make_array_from_callback(w.shape, sharding, part)
 
   table = model.weight_table(arch, tuple(head for head in heads if head in source))
   trees = (table,) + (() if shardings is None else (shardings,))
@@ -304,7 +312,7 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
 def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, np.ndarray]]:
   """The tensors under the family's names, float32, one after another: the host holds one of them at a time."""
   _, theirs = families.rename(families.family_of(arch))
-  fused = {name: (whole, list(parts)) for whole, parts in fused_parts(arch).items() for name in parts}
+  fused = {name: (joined, list(parts)) for joined, parts in fused_parts(arch).items() for name in parts}
   waiting: dict[str, np.ndarray] = {}
   weights = zip(
     jax.tree.leaves(table, is_leaf=model.is_weight), jax.tree.leaves({name: params[name] for name in table}), strict=True

@@ -135,11 +135,16 @@ def randomise(model):
         p.copy_(0.2 * torch.randn_like(p))
 
 
-def make(name, config, folder):
+def build(kind, config):
   torch.manual_seed(0)
   eager = {'attn_implementation': 'eager', 'experts_implementation': 'eager'}
-  model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager).eval()
+  model = kind.from_config(config, dtype=torch.float32, **eager).eval()
   randomise(model)
+  return model
+
+
+def make(name, config, folder):
+  model = build(transformers.AutoModelForCausalLM, config)
   tokens = torch.randint(config.vocab_size, (2, 12 if name in ('llama', 'qwen2', 'qwen3') else LONGER))
   with torch.no_grad():
     logits = model(tokens).logits
@@ -148,11 +153,7 @@ def make(name, config, folder):
 
 def make_classifier(config, folder):
   """One score a row, after its last token that is not padding."""
-  torch.manual_seed(0)
-  model = transformers.AutoModelForSequenceClassification.from_config(
-    config, dtype=torch.float32, attn_implementation='eager'
-  ).eval()
-  randomise(model)
+  model = build(transformers.AutoModelForSequenceClassification, config)
   tokens = torch.randint(1, config.vocab_size, (4, 12))
   for row, length in enumerate((12, 11, 5, 1)):
     tokens[row, length:] = PAD

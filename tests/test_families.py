@@ -184,7 +184,8 @@ def test_transformers_builds_the_same_model(tmp_path):
     if name == 'phi3':  # it may leave the factor to be the ratio of both lengths
       theirs['rope_parameters']['factor'] = 64 / 16
     wrong = {k: (ours.get(k), v) for k, v in theirs.items() if k not in ignored and ours.get(k) != v and (k != 'head_dim' or v)}
-    assert not wrong, (name, wrong)
+    # DeepSeek's layer for a further token is not read, so an export has none.
+    assert wrong == ({'num_nextn_predict_layers': (0, 1)} if name == 'deepseek_v3' else {}), (name, wrong)
 
 
 @pytest.mark.parametrize('name', ['llama', 'phi3', 'deepseek_v3', 'qwen3_moe'])
