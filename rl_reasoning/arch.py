@@ -116,7 +116,7 @@ class Arch:
     if not 0 < self.partial_rotary_factor <= 1:
       raise ValueError(f'model.partial_rotary_factor: {self.partial_rotary_factor} is not in (0, 1]')
     if self.rotary_dim % 2:
-      raise ValueError(f'model.head_dim: {self.rotary_dim} turning dimensions must be even, rotary embedding turns pairs')
+      raise ValueError(f'model.head_dim: {self.rotary_dim} must be even, rotary embedding turns pairs')
     if self.hidden_act not in ACTIVATIONS:
       raise ValueError(f'model.hidden_act: {self.hidden_act!r} is none of {", ".join(ACTIVATIONS)}')
     for name in ('short_factor', 'long_factor') if self.rope_scaling.rope_type == 'longrope' else ():

@@ -90,7 +90,7 @@ def make(**keys) -> Distill:
 @pytest.fixture
 def tables(monkeypatch):
   """run(objective, rows) -> (loss, metrics, gradient by the policy's logits), in float64."""
-  monkeypatch.setattr(model, 'logits', lambda hidden, head: hidden)
+  monkeypatch.setattr(model, 'logits', lambda hidden, head, softcap: hidden)
 
   @jax.enable_x64(True)
   def run(objective, rows):
