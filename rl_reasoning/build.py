@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import checkpoint, model, optim, reward_models, rewards, sharding, tokenizer, train_step, weights
+from rl_reasoning import checkpoint, lora, model, optim, reward_models, rewards, sharding, tokenizer, train_step, weights
 from rl_reasoning.config import (
   Component,
   Config,
   ConfigError,
+  Lora,
   Role,
   Teacher,
   check,
@@ -78,6 +79,23 @@ class Run(NamedTuple):
   reward_models: Mapping[str, RewardModel] = {}  # their weights are frozen roles: 'reward.NAME'
   features: Features | None = None  # with optim.cache_features
   speaks: bool = True  # whether the policy has a head for text: a reward model has none
+  whole: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = train_step.plain_weights  # see train_step.make_steps
+
+  def weights(self, state: TrainState) -> tuple[PyTree, dict[str, PyTree]]:
+    """(what the policy runs on, the roles without gradients)."""
+    params, others = self.whole(state.params, {**state.frozen, **state.moving})
+    return params['policy'], others
+
+  def flops(self, state: TrainState) -> float:
+    """Of an update, a token: 2 a weight forward, 2 for the gradient of what goes in, 2 for that of a weight that is trained; of experts
+    those that a token goes to; attention's own products left out."""
+    share = self.arch.num_experts_per_tok / max(1, self.arch.num_experts)
+
+    def active(tree: PyTree) -> float:
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      return sum(x.size * (share if 'experts_' in jax.tree_util.keystr(path) else 1) for path, x in leaves)
+
+    return 4 * active(self.whole(state.params, {**state.frozen, **state.moving})[0]) + 2 * active(state.params)
 
 
 def is_run(path: str) -> bool:
@@ -274,6 +292,11 @@ def inert(config: Config, objective) -> dict[str, str]:
       drop('data.overlong', 'only preference rows may be cut or dropped')
   if objective.reads != 'text':
     drop('data.pretrain', 'the objective mixes no rows in')
+  if not config.lora.rank:
+    drop('lora', 'lora.rank is 0')
+    dead.pop('lora.rank')
+  else:
+    drop('optim.frozen_layers', 'with lora.rank, all weights are frozen')
   if not config.optim.frozen_layers:
     drop('optim.cache_features', 'optim.frozen_layers is 0')
   elif rl:
@@ -351,6 +374,17 @@ def resolve_critic(config: Config, absent: Sequence[str]) -> str:
   return models[0].init if own == resolve_tokenizer(config.roles.policy) else ''
 
 
+def check_lora(config: Config, objective, arch: Arch) -> None:
+  """Refuses adapters of what is not there, and a reference that is none of the base."""
+  start, ref = config.roles.policy.init, config.roles.ref.init
+  check(bool(start), "config key 'lora.rank': roles.policy.init is empty: adapters of random weights have nothing to adapt")
+  lora.table(model.weight_table(arch, objective.heads['policy']), config.lora)
+  if objective.moving:
+    check(ref in ('', start), "config key 'roles.ref.init': with lora.rank a reference that moves is the policy's start and an adapter")
+    ema = getattr(objective, 'ref_model_ema', None)
+    check(ema is None, "config key 'objective.ref_model_ema': the mean of two adapters' factors is no mean of weights")
+
+
 def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> tuple[Config, Any, Arch]:
   """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act. The runs `absent`
   need not exist yet."""
@@ -391,6 +425,8 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     )
   if 'rewards.functions' not in dead:
     rewards.check_rewards(config.rewards, config.rollout.max_completion_length, model_names(config))
+  if config.lora.rank:
+    check_lora(config, objective, arch)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
   policy = config.roles.policy
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
@@ -427,9 +463,7 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
     return jax.jit(model.init, static_argnums=(1, 2), out_shardings=shardings)(key, arch, heads)
   check(pathlib.Path(init).exists(), f'config section roles: init {init!r} does not exist')
   if is_run(init):
-    names = checkpoint.weight_names(init, 'policy')
-    stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
-    params = checkpoint.restore_params(init, 'policy', shardings=param_shardings(mesh, arch, stored))
+    params = restore_policy(init, arch, mesh)
   else:
     kept = tuple(head for head in heads if head in weights.source_heads(init))
     params = weights.load(init, arch, param_shardings(mesh, arch, kept), kept)
@@ -444,7 +478,43 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
   return {name: born[name] if name in missing else params[name] for name in shardings}
 
 
+def restore_policy(run: str, arch: Arch, mesh: Mesh) -> PyTree:
+  """The policy's weights in a run of ours, with all the heads that it has; adapters are merged. Raises ConfigError where the weights that
+  they adapt are not those of then."""
+  names, config = checkpoint.weight_names(run, 'policy'), run_config(run)
+  settings = from_mapping(Lora, config.get('lora', {}), 'lora.')
+  if not settings.rank:
+    stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
+    return checkpoint.restore_params(run, 'policy', shardings=param_shardings(mesh, arch, stored))
+  scalar = ('scalar',) if 'score' in names else ()
+  start, heads = config['roles']['policy']['init'], tuple(head for head in heads_in(run) if head != 'scalar')
+  base = {name: w for name, w in load_params(start, arch, jax.random.key(0), mesh, heads + scalar).items() if name != 'score'}
+  trained_on = json.loads((pathlib.Path(run) / 'frozen.json').read_text())['base']
+  check(int(checkpoint.fingerprint(base)) == trained_on, f'{run} holds adapters of {start}, whose weights are not those of then')
+  shardings = table_shardings(mesh, lora.table(model.weight_table(arch, heads + scalar), settings))
+  adapter = checkpoint.restore_params(run, 'policy', shardings=shardings)
+  return jax.jit(lora.merge, out_shardings=param_shardings(mesh, arch, heads + scalar))(lora.join(base, adapter, settings))
+
+
+def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -> None:
+  """Writes the policy of a run of ours as a Hugging Face folder, or its adapters alone as one of peft's. Raises ConfigError."""
+  arch, tok, heads = read_arch(run), run_config(run, 'roles', 'policy', 'tokenizer'), heads_in(run)
+  head = 'lm' if 'lm' in heads else 'scalar'
+  if adapter:
+    settings = from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
+    check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
+    weights.save_adapter(checkpoint.restore_params(run, 'policy'), arch, settings, path, run_config(run, 'roles', 'policy', 'init'), (head,))
+    return
+  mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+  tokenizer_path = None if tok == 'bytes' else tok
+  weights.save(restore_policy(run, arch, mesh), arch, path, tokenizer_path, (head,), score_shift(run), dtype)
+
+
 def param_shardings(mesh: Mesh, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  return table_shardings(mesh, model.weight_table(arch, heads))
+
+
+def table_shardings(mesh: Mesh, table: PyTree) -> PyTree:
   """Raises ConfigError for a weight that does not divide over the mesh."""
 
   def place(path, w: model.Weight):
@@ -453,7 +523,7 @@ def param_shardings(mesh: Mesh, arch: Arch, heads: tuple[str, ...] = ('lm',)) ->
     except ValueError as error:
       raise ConfigError(str(error)) from None
 
-  return jax.tree_util.tree_map_with_path(place, model.weight_table(arch, heads), is_leaf=model.is_weight)
+  return jax.tree_util.tree_map_with_path(place, table, is_leaf=model.is_weight)
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -546,19 +616,33 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     )
     for role, a in archs.items()
   }  # fmt: skip
-  shardings, opt_shardings = {}, {}
-  for role in objective.trainable:
-    heads = objective.heads[role]
-    shardings[role] = param_shardings(mesh, archs[role], heads)
-    shapes = jax.eval_shape(functools.partial(model.init, arch=archs[role], heads=heads), jax.random.key(0))
-    opt_shardings[role] = optimizer_shardings(mesh, optimizers[role], shapes, shardings[role])
-  steps = train_step.make_steps(
-    objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
-    {'params': shardings, 'opt': opt_shardings},
-  )  # fmt: skip
-  judges, judge_params = load_reward_models(config, mesh)
   start = config.roles.policy.init
   inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start, 'teacher': teacher.init}
+  adapted, tables, shardings, opt_shardings = bool(config.lora.rank), {}, {}, {}
+  for role in objective.trainable:
+    full = model.weight_table(archs[role], objective.heads[role])
+    tables[role] = lora.table(full, config.lora) if adapted else full
+    shardings[role] = table_shardings(mesh, tables[role])
+    shapes = jax.eval_shape(functools.partial(model.init_table, table=tables[role]), jax.random.key(0))
+    opt_shardings[role] = optimizer_shardings(mesh, optimizers[role], shapes, shardings[role])
+  # Of adapters: the frozen roles that they adapt. What starts from the same weights shares them, the reference with them.
+  bases = {role: 'base' if inits[role] == start else f'base.{role}' for role in objective.trainable}
+  ref_is_base = adapted and inits['ref'] == start
+
+  def whole(params, frozen):
+    joined, others = {role: lora.join(frozen[bases[role]], own, config.lora) for role, own in params.items()}, dict(frozen)
+    if 'ref' in objective.moving:
+      others['ref'] = lora.join(frozen['base'], frozen['ref'], config.lora)
+    elif 'ref' in objective.frozen and ref_is_base:
+      others['ref'] = frozen['base']
+    return joined, others
+
+  whole = whole if adapted else train_step.plain_weights
+  steps = train_step.make_steps(
+    objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
+    {'params': shardings, 'opt': opt_shardings}, whole,
+  )  # fmt: skip
+  judges, judge_params = load_reward_models(config, mesh)
 
   def init() -> TrainState:
     key = jax.random.key(config.seed)
@@ -567,7 +651,16 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       own = jax.random.fold_in(key, 1) if role == 'critic' else key  # a fresh critic is no copy of a fresh policy
       return load_params(inits[role], archs[role], own, mesh, objective.heads[role])
 
-    params = {role: load(role) for role in objective.trainable}
+    def adapter(role, of=None):  # a scalar head is trained whole
+      init = jax.jit(functools.partial(model.init_table, table=tables[role]), out_shardings=shardings[role])
+      return {**init(jax.random.fold_in(key, 2)), **({'score': of['score']} if of and 'score' in of else {})}
+
+    loaded = {role: load(role) for role in objective.trainable}
+    params, frozen = loaded, {role: load(role) for role in objective.frozen if not (role == 'ref' and ref_is_base)}
+    moving = {role: adapter('policy') if adapted else load(role) for role in objective.moving}
+    if adapted:
+      params = {role: adapter(role, of) for role, of in loaded.items()}
+      frozen |= {bases[role]: {name: w for name, w in of.items() if name != 'score'} for role, of in reversed(loaded.items())}
     return TrainState(
       step=0,
       cursor={'num_tokens': 0},  # and what data.Train.first adds
@@ -575,8 +668,8 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       params=params,
       opt={role: jax.jit(optimizers[role].init, out_shardings=opt_shardings[role])(params[role]) for role in params},
       aux=jax.device_put(objective.init_aux(), sharding.replicated(mesh)),
-      moving={role: load(role) for role in objective.moving},
-      frozen={**{role: load(role) for role in objective.frozen}, **judge_params},
+      moving=moving,
+      frozen={**frozen, **judge_params},
     )
 
   features = None
@@ -587,7 +680,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
 
     features = Features(jax.jit(trunk), {})
   speaks = 'lm' in objective.heads['policy']
-  return Run(config, objective, arch, tok, mesh, steps, init, reward_models=judges, features=features, speaks=speaks)
+  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, speaks, whole)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:
@@ -610,14 +703,17 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   resolved, objective, arch = resolve(config, keys_set)
   check_splits(resolved, objective)
   optim.make(config.optim, 1)
-  sizes = jax.eval_shape(functools.partial(model.init, arch=arch, heads=objective.heads['policy']), jax.random.key(0))
+  table = model.weight_table(arch, objective.heads['policy'])
+  counts = {'parameters': model.count(table)}
+  if config.lora.rank:
+    counts['trainable_parameters'] = model.count(lora.table(table, config.lora))
   dead = inert(config, objective)
   if getattr(objective, 'epsilon', 0.0) >= 1 and 'objective.epsilon' not in dead:
     dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'
   return {
     'config': plain(dataclasses.asdict(resolved)),
     'hash': digest(dataclasses.asdict(resolved)),
-    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(sizes)),
+    **counts,
     'devices': devices,
     'formula': objective.formula(),
     'batch_sizes': batch_sizes(resolved, objective),

@@ -109,7 +109,7 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
   prompts = data.encode_prompts(rows, tok, template, config.data.max_prompt_length)
   with timer('rollout') as phase:
     rolled = rollout.generate(
-      state.params['policy'], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
+      run.weights(state)[0], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
       dtype=config.model.dtype, mesh=run.mesh, prompt_ids=range(first_id, first_id + len(rows)),
     )  # fmt: skip
     phase.tokens = int(rolled.length_N.sum())

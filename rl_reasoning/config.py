@@ -195,6 +195,15 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adapters of the trainable roles; their weights themselves then stay as they are."""
+
+  rank: int = 0  # 0: no adapters, all weights are trained
+  alpha: float = 32.0  # the adapters' product counts alpha / rank times
+  targets: str = '.*'  # regular expression of whole paths, as 'layers/q': which projections have one; see lora.adapts
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSizes:
   data: int = -1
   fsdp: int = 1
@@ -229,6 +238,7 @@ class Config:
   rollout: Rollout = Rollout()
   rewards: Rewards = Rewards()
   optim: Optim = Optim()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   eval: Eval = Eval()
   checkpoint: Checkpoint = Checkpoint()
@@ -245,6 +255,7 @@ POSITIVE = [
   'rollout.max_completion_length',
   'rollout.chunk',
   'optim.learning_rate',
+  'lora.alpha',
   'eval.size',
   'eval.batch_size',
   'checkpoint.every',
@@ -262,6 +273,7 @@ NOT_NEGATIVE = [
   'optim.grad_clip',
   'optim.micro_batch',
   'optim.frozen_layers',
+  'lora.rank',
   'roles.critic.learning_rate',
   'eval.every',
   'eval.seed',
@@ -558,6 +570,10 @@ def resolve(settings: Mapping[str, Any]) -> Config:
   check(config.rollout.min_p < 1, f"config key 'rollout.min_p': {config.rollout.min_p} is not in [0, 1)")
   for key in ('curriculum_floor', 'curriculum_decay'):
     check(getattr(config.data, key) < 1, f"config key 'data.{key}': {getattr(config.data, key)} must be below 1")
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    raise ConfigError(f"config key 'lora.targets': {config.lora.targets!r} is no regular expression: {error}") from None
   mixed = bool(components(config.data)) or config.data.curriculum == 'none'
   check(mixed, f"config key 'data.curriculum': {config.data.curriculum!r} has nothing to choose from without data.mixture")
   weights, functions = config.rewards.weights, config.rewards.functions

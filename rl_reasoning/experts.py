@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl_reasoning.arch import Arch
+from rl_reasoning.lora import linear
 from rl_reasoning.structs import Array
 
 ACT = {'silu': jax.nn.silu, 'gelu_pytorch_tanh': functools.partial(jax.nn.gelu, approximate=True)}
@@ -18,8 +19,8 @@ def dense(arch: Arch, w: dict[str, Array], x: Array, prefix: str = '') -> Array:
   if 'gate_up' in w and not prefix:
     gate, up = jnp.split(x @ w['gate_up'], 2, axis=-1)
   else:
-    gate, up = x @ w[prefix + 'gate'], x @ w[prefix + 'up']
-  return (ACT[arch.hidden_act](gate) * up) @ w[prefix + 'down']
+    gate, up = linear(w, prefix + 'gate', x), linear(w, prefix + 'up', x)
+  return linear(w, prefix + 'down', ACT[arch.hidden_act](gate) * up)
 
 
 class Routed(NamedTuple):

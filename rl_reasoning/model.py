@@ -7,6 +7,7 @@ loading are maps over it. One `block` serves training, prefill and decode; what 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_reasoning import attention, experts, rope
+from rl_reasoning import attention, experts, lora, rope
 from rl_reasoning.arch import Arch
 from rl_reasoning.sharding import constrain
 from rl_reasoning.structs import Array, Batch, PyTree
@@ -134,7 +135,21 @@ def is_weight(x) -> bool:
   return isinstance(x, Weight)
 
 
+def count(table: PyTree, active: Arch | None = None) -> int:
+  """Parameters of a weight table; of an `active` architecture those that a token meets, which is sent to few of the experts."""
+
+  def met(w: Weight) -> int:
+    size = math.prod(w.shape)
+    return size // active.num_experts * active.num_experts_per_tok if active and '{expert}' in w.hf else size
+
+  return sum(met(w) for w in jax.tree.leaves(table, is_leaf=is_weight))
+
+
 def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  return init_table(key, weight_table(arch, heads))
+
+
+def init_table(key: jax.Array, table: PyTree) -> PyTree:
   """Random float32 weights. Each weight has a key of its own path, so adding one leaves the others as they were."""
 
   def make(path, w: Weight):
@@ -145,7 +160,7 @@ def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     return w.scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), w.shape, jnp.float32)
 
-  return jax.tree_util.tree_map_with_path(make, weight_table(arch, heads), is_leaf=is_weight)
+  return jax.tree_util.tree_map_with_path(make, table, is_leaf=is_weight)
 
 
 def cast(w: dict[str, Array], dtype: str) -> dict[str, Array]:
@@ -280,7 +295,7 @@ def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[
   layers = []
   for stack, numbers in arch.stacks.items():
     for index in range(len(numbers)):
-      w = cast({name: p[index] for name, p in params[stack].items()}, dtype)
+      w = cast(lora.merged_layer({name: p[index] for name, p in params[stack].items()}), dtype)
       if fuse and 'k' in w:
         w['qkv'] = jnp.concatenate([w.pop(n).reshape(arch.hidden_size, -1) for n in ('q', 'k', 'v')], axis=-1)
       if fuse and 'gate' in w:

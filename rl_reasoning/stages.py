@@ -248,10 +248,7 @@ def run_export(settings: Settings, workdir: str, overwrite: bool) -> dict[str, A
   for left in target.parent.glob(f'.{target.name}.*.part'):  # of a save that was killed
     left.rmtree()
   if not target.exists():
-    tok, heads = build.run_config(source, 'roles', 'policy', 'tokenizer'), build.heads_in(source)
-    head = 'lm' if 'lm' in heads else 'scalar'
-    params = checkpoint.restore_params(source, 'policy')
-    weights.save(params, build.read_arch(source), workdir, None if tok == 'bytes' else tok, (head,), build.score_shift(source))
+    build.export(source, workdir)
   return {'checkpoint': source, 'evaluators': {}}
 
 

@@ -45,10 +45,15 @@ def undeal(batch: PyTree, rows_together: int) -> PyTree:
   return jax.tree.map(join, batch)
 
 
+def plain_weights(params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree]:
+  return params, frozen
+
+
 def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.GradientTransformation], schedule: Callable, micro_batch: int,
-               max_completion_length: int, shardings: PyTree | None = None) -> Steps:  # fmt: skip
+               max_completion_length: int, shardings: PyTree | None = None, whole: Callable = plain_weights) -> Steps:  # fmt: skip
   """The jitted functions of one run. `shardings` (of params and opt) keeps the state where it was born. Each trainable role has its
-  optimizer, with a clip of its own; `schedule` is the policy's.
+  optimizer, with a clip of its own; `schedule` is the policy's. `whole(params, frozen)` are the weights that the networks run on, where
+  those that are trained are only a part of them (adapters).
 
   `micro_batch` counts rows over all devices, 0 the whole batch. Batches reach it checked (build.py): every split divides.
   """
@@ -59,6 +64,7 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
 
   @jax.jit
   def score(params, frozen, batch):
+    params, frozen = whole(params, frozen)
     count = pieces(batch.tokens.shape[0])
     if count == 1:
       return objective.score(nets, params, frozen, batch)
@@ -71,7 +77,7 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
 
     def one(rows):
       def loss(params):
-        value, metrics = objective.loss(nets, params, frozen, aux, rows)
+        value, metrics = objective.loss(nets, *whole(params, frozen), aux, rows)
         return value, {'loss': Sum(value), **metrics}
 
       return jax.grad(loss, has_aux=True)(params)

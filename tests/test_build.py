@@ -94,7 +94,10 @@ SETTINGS |= {
     'rollout': {'max_completion_length': 16},
     'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
   }),
-}  # fmt: skip
+}
+SETTINGS['sft, adapters'] = config.merge(SFT, {
+  'roles': {'policy': SETTINGS['distill']['roles']['teacher']}, 'lora': {'rank': 2},
+})  # fmt: skip
 
 
 def crash(prompts, completions, *, answer, bonus: float = 0.0, **columns):
@@ -139,7 +142,7 @@ OTHER = {
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
   'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
-  'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
+  'optim.grad_clip': 0.5, 'optim.micro_batch': 8, 'lora.alpha': 5.0, 'lora.targets': '.*/(q|o)',
   'mesh.fsdp': 2, 'mesh.tensor': 2,
   'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
   'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
@@ -169,6 +172,7 @@ OTHER = {
 REFUSED = {
   'roles.policy.init': ('/no/such', "config key 'roles.policy.init': '/no/such' does not exist"),
   'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
+  'lora.rank': (3, "config key 'lora.rank': roles.policy.init is empty"),
   'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
   'roles.critic.init': ('/no/such', "config key 'roles.critic.init': '/no/such' does not exist"),
   'roles.teacher.init': ('/no/such', "config key 'roles.teacher.init': '/no/such' does not exist"),

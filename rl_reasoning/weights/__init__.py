@@ -8,6 +8,7 @@ are compared before the first tensor is read, and every weight is built and put 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,15 +16,17 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, model
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning import families, lora, model
+from rl_reasoning.config import ConfigError, Lora, check
 from rl_reasoning.families import hf_arch, make_arch, read_json
 from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
@@ -309,8 +312,11 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   return pad
 
 
-def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors under the family's names, float32, one after another: the host holds one of them at a time."""
+DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
+
+
+def published(params: PyTree, table: PyTree, arch: Arch, dtype: str = 'float32') -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors under the family's names, one after another: the host holds one of them at a time."""
   _, theirs = families.rename(families.family_of(arch))
   fused = {name: (joined, list(parts)) for joined, parts in fused_parts(arch).items() for name in parts}
   waiting: dict[str, np.ndarray] = {}
@@ -320,7 +326,7 @@ def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, 
   for w, stacked in weights:
     shape = hf_shape(w)
     for n, name in parts_of(w).items():
-      x = np.asarray(stacked[n], np.float32)
+      x = np.asarray(stacked[n], np.float32 if name.endswith(EXACT) else DTYPES[dtype])
       x = np.ascontiguousarray(x.reshape(shape[::-1]).T if w.fan_in else x.reshape(shape))
       if name not in fused:
         yield theirs(name), x
@@ -330,6 +336,7 @@ def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, 
         yield theirs(joined), np.concatenate([waiting.pop(part) for part in parts])
 
 
+EXACT = 'mlp.gate.e_score_correction_bias'  # float32 in bfloat16 checkpoints, too
 SHARD_BYTES = 5 * 2**30  # as transformers splits files
 
 
@@ -339,7 +346,7 @@ def write_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
 
   files: list[list[str]] = []
   held: dict[str, np.ndarray] = {}
-  total = 0
+  total = size = 0
 
   def write() -> None:
     safetensors.numpy.save_file(held, folder / f'part{len(files)}', metadata={'format': 'pt'})
@@ -347,9 +354,11 @@ def write_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
     held.clear()
 
   for name, x in tensors:
-    if held and sum(y.nbytes for y in held.values()) + x.nbytes > shard_bytes:
+    if held and size + x.nbytes > shard_bytes:
       write()
+      size = 0
     held[name] = x
+    size += x.nbytes
     total += x.nbytes
   write()
   if len(files) == 1:
@@ -369,17 +378,19 @@ def save(
   tokenizer_path: str | None = None,
   heads: tuple[str, ...] = ('lm',),
   score_shift: float = 0.0,
+  dtype: str = 'float32',
 ) -> None:
-  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file.
+  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file. `dtype`: one of
+  DTYPES.
 
   With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
   no padding, and transformers refuses batches of several rows.
   """
-  target = pathlib.Path(path).absolute()
-  check(not os.path.lexists(target), f'{path}: exists already')
   check(len(heads) == 1, f'{path}: transformers has no class with the heads {", ".join(heads)}: save one')
+  check(dtype in DTYPES, f'{path}: dtype {dtype!r} is none of {", ".join(DTYPES)}')
   config, table = families.hf_config(arch, CLASSES[heads[0]]), model.weight_table(arch, heads)
   families.check_exports(arch, config)
+  config |= {'dtype': dtype}
   if heads == ('scalar',):
     config |= {
       'num_labels': 1,
@@ -389,19 +400,49 @@ def save(
       'pad_token_id': None,
       'score_shift': score_shift,
     }
-  part = target.with_name(f'.{target.name}.{os.getpid()}.part')
-  part.mkdir(parents=True)
+  with new_folder(path) as part:
 
-  def write_config(**more):
-    (part / 'config.json').write_text(json.dumps({**config, **more}, indent=2) + '\n')
+    def write_config(**more):
+      (part / 'config.json').write_text(json.dumps({**config, **more}, indent=2) + '\n')
 
-  try:
     write_config()
-    write_tensors(published(params, table, arch), part)
+    write_tensors(published(params, table, arch, dtype), part)
     if tokenizer_path:
       save_tokenizer(tokenizer_path, part)
     if heads == ('scalar',) and tokenizer_path:
       write_config(pad_token_id=padding_of_its_own(part))
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[pathlib.Path]:
+  """A folder that is there when it is whole. Raises ConfigError where there is something already."""
+  target = pathlib.Path(path).absolute()
+  check(not os.path.lexists(target), f'{path}: exists already')
+  part = target.with_name(f'.{target.name}.{os.getpid()}.part')
+  part.mkdir(parents=True)
+  try:
+    yield part
     part.rename(target)
   finally:
     shutil.rmtree(part, ignore_errors=True)
+
+
+def save_adapter(adapter: PyTree, arch: Arch, settings: Lora, path: str, base: str, heads: tuple[str, ...] = ('lm',)) -> None:
+  """Writes the folder of an adapter that peft loads beside the model `base`; all of it or nothing. Raises ConfigError for a family whose
+  projections are fused in transformers: there an adapter of a part is none of the whole."""
+  family = families.family_of(arch)
+  check(not fused_parts(arch), f'{path}: {family} has q, k and v in one matrix, so adapters of each are not its adapters: merge them')
+  table = lora.table(model.weight_table(arch, heads), settings)
+  _, theirs = families.rename(family)
+  rows = jax.tree.leaves({stack: own for stack, own in table.items() if stack != 'score'}, is_leaf=model.is_weight)
+  modules = dict.fromkeys(name.rpartition('.lora_')[0] for w in rows for name in parts_of(w).values())
+  config = {
+    'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if heads == ('scalar',) else 'CAUSAL_LM', 'base_model_name_or_path': base,
+    'r': settings.rank, 'lora_alpha': settings.alpha, 'lora_dropout': 0.0, 'bias': 'none', 'inference_mode': True,
+    'target_modules': [theirs(name) for name in modules], 'modules_to_save': ['score'] if 'score' in table else None,
+  }  # fmt: skip
+  with new_folder(path) as part:
+    (part / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n')
+    tensors = ((f'base_model.model.{name}', x) for name, x in published(adapter, table, arch))
+    write_tensors(tensors, part, sys.maxsize)
+    (part / 'model.safetensors').rename(part / 'adapter_model.safetensors')
