@@ -80,6 +80,7 @@ class Run(NamedTuple):
   features: Features | None = None  # with optim.cache_features
   speaks: bool = True  # whether the policy has a head for text: a reward model has none
   whole: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = train_step.plain_weights  # see train_step.make_steps
+  replays: bool = False  # whether updates take the experts that the sampler chose
 
   def weights(self, state: TrainState) -> tuple[PyTree, dict[str, PyTree]]:
     """(what the policy runs on, the roles without gradients)."""
@@ -248,7 +249,7 @@ def inert_sections(config: Config) -> dict[str, str]:
   return {key: reason for prefix, reason in why.items() for key in keys_under(config, prefix)}
 
 
-def inert(config: Config, objective) -> dict[str, str]:
+def inert(config: Config, objective, arch: Arch) -> dict[str, str]:
   """key -> why it cannot act in this config. A key that a config sets and that is here is refused; defaults here are only listed."""
   dead = inert_sections(config)
 
@@ -292,6 +293,10 @@ def inert(config: Config, objective) -> dict[str, str]:
       drop('data.overlong', 'only preference rows may be cut or dropped')
   if objective.reads != 'text':
     drop('data.pretrain', 'the objective mixes no rows in')
+  if not (rl and arch.num_experts):
+    drop('optim.router_replay', 'the policy has no experts' if rl else 'nothing is learned from what the policy samples')
+  if arch.scoring_func != 'sigmoid' or config.lora.rank:
+    drop('optim.router_bias_rate', 'the weights themselves are frozen' if config.lora.rank else 'no router of the policy has a bias')
   if not config.lora.rank:
     drop('lora', 'lora.rank is 0')
     dead.pop('lora.rank')
@@ -390,7 +395,7 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
   need not exist yet."""
   objective = make_objective(config)
   arch = resolve_arch(config)
-  dead = inert(config, objective)
+  dead = inert(config, objective, arch)
   refused = [f'{key!r}: {dead[key]}' for key in sorted(keys_set) if key in dead]
   check(not refused, 'config keys that cannot act here:\n  ' + '\n  '.join(refused))
   if 'rollout' in objective.sources:
@@ -425,6 +430,8 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     )
   if 'rewards.functions' not in dead:
     rewards.check_rewards(config.rewards, config.rollout.max_completion_length, model_names(config))
+  ways = config.mesh.expert
+  check(ways == 1 or bool(arch.num_experts), f"config key 'mesh.expert': {ways}, but the policy has no experts")
   if config.lora.rank:
     check_lora(config, objective, arch)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
@@ -605,7 +612,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     rolled = rows.source_N == ROLLOUT
     return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
-  frozen_layers = config.optim.frozen_layers
+  frozen_layers, replays = config.optim.frozen_layers, config.optim.router_replay and bool(arch.num_experts)
   # What starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
   own_trunk = {'teacher'} | ({'ref'} if config.roles.ref.init not in ('', config.roles.policy.init) else set())
   nets = {
@@ -613,6 +620,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       a, temperature, dtype=config.model.dtype, remat=config.model.remat,
       frozen_layers=0 if role in own_trunk else frozen_layers,
       shift=score_shift(critic.init) if role == 'critic' and critic.init else 0.0,  # its values begin where the rewards are
+      replays=role == 'policy' and replays,
     )
     for role, a in archs.items()
   }  # fmt: skip
@@ -641,6 +649,8 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   steps = train_step.make_steps(
     objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
     {'params': shardings, 'opt': opt_shardings}, whole,
+    {role: (len(archs[role].stacks['layers']), archs[role].num_experts) for role in objective.trainable if archs[role].num_experts},
+    config.optim.router_bias_rate,
   )  # fmt: skip
   judges, judge_params = load_reward_models(config, mesh)
 
@@ -680,7 +690,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
 
     features = Features(jax.jit(trunk), {})
   speaks = 'lm' in objective.heads['policy']
-  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, speaks, whole)
+  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, speaks, whole, replays)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:
@@ -707,7 +717,7 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   counts = {'parameters': model.count(table)}
   if config.lora.rank:
     counts['trainable_parameters'] = model.count(lora.table(table, config.lora))
-  dead = inert(config, objective)
+  dead = inert(config, objective, arch)
   if getattr(objective, 'epsilon', 0.0) >= 1 and 'objective.epsilon' not in dead:
     dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'
   return {

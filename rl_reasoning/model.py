@@ -175,13 +175,13 @@ def block(
   turn: rope.Angles,
   attend: Callable,
   absorbed: bool = False,
-  replay: Array | None = None,
+  routing: experts.Routing = experts.Routing(),
 ) -> tuple[Array, Any, Array | None]:
   """(x after one layer, what `attend` kept, the experts chosen). `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants
-  back (a cache, or None). See attention.latent_attention for `absorbed`, experts.route for `replay`."""
+  back (a cache, or None). See attention.latent_attention for `absorbed`."""
   out, kept = attention.attention(arch, w, attention.norm(arch, x, w['attn_norm']), turn, attend, absorbed)
   x = x + (attention.norm(arch, out, w['attn_post_norm']) if arch.post_norms else out)
-  out, chosen = experts.mlp(arch, w, attention.norm(arch, x, w['mlp_norm']), replay)
+  out, chosen = experts.mlp(arch, w, attention.norm(arch, x, w['mlp_norm']), routing)
   return x + (attention.norm(arch, out, w['mlp_post_norm']) if arch.post_norms else out), kept, chosen
 
 
@@ -202,7 +202,7 @@ class Kept(NamedTuple):
 def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position_NT: Array, dtype: str, remat: str = 'none',
                layers: range | None = None, keep_cache: bool = False, replay: Array | None = None) -> tuple[Array, Kept]:  # fmt: skip
   """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
-  layers, kinds = layers or range(arch.num_hidden_layers), arch.kinds
+  layers, kinds, counts = layers or range(arch.num_hidden_layers), arch.kinds, segment_NT > 0
   distinct = sorted({kinds[layer] for layer in layers})
   contexts = [
     (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
@@ -215,7 +215,7 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
     w, kind, replayed = given
     w = cast(w, dtype)
     bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
-    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), replay=replayed)
+    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), routing=experts.Routing(replayed, counts))
     return constrain(x, 'rows', None, None), Kept(kept if keep_cache else None, chosen)
 
   if REMAT[remat] is not None:
@@ -308,12 +308,15 @@ CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
 
 
 def hidden_states(
-  params: PyTree, arch: Arch, batch: Batch, *, dtype: str = 'float32', remat: str = 'none', frozen_layers: int = 0
+  params: PyTree, arch: Arch, batch: Batch, *, dtype: str = 'float32', remat: str = 'none', frozen_layers: int = 0, replays: bool = False
 ) -> Array:
-  """`forward` of a batch, from its `extras['features']` where it has them."""
+  """`forward` of a batch, from its `extras['features']` where it has them; `replays`: with the experts `extras['chosen']`, where it has
+  them."""
+  chosen = batch.extras.get('chosen') if replays else None  # [N, T, layers, k]
   return forward(
     params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat,
     frozen_layers=frozen_layers, features=batch.extras.get('features'),
+    replay=None if chosen is None else jnp.moveaxis(chosen, 2, 0).astype(jnp.int32),
   )[0]  # fmt: skip
 
 
@@ -410,13 +413,14 @@ class Net(NamedTuple):
 
 def make_net(
   arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0, shift: float = 0.0,
+  replays: bool = False,
 ) -> Net:  # fmt: skip
-  """`temperature(rows)` gives one number a row; `shift` is subtracted from the scores."""
+  """`temperature(rows)` gives one number a row; `shift` is subtracted from the scores; `replays` as in `hidden_states`."""
 
   def run(params, rows):
     if frozen_layers:  # where tied, it is the head, too
       params = {**params, 'embed': jax.lax.stop_gradient(params['embed'])}
-    return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers)
+    return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers, replays=replays)
 
   def output(params, rows):
     params, hidden = run(params, rows)

@@ -67,6 +67,9 @@ SETTINGS = {
     },
   }),
 }  # fmt: skip
+SETTINGS['grpo, experts'] = config.merge(GRPO, {'model': {'arch': {
+  'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16, 'scoring_func': 'sigmoid',
+}}})  # fmt: skip
 SETTINGS['grpo, mixture'] = {**GRPO, 'data': {
   **{k: v for k, v in GRPO['data'].items() if k != 'train_size'}, 'curriculum': 'pass_rate',
   'mixture': {'a': {'task': 'arithmetic', 'path': '', 'options': {}, 'train_size': 64, 'weight': 1.0}},
@@ -119,8 +122,8 @@ def resolve(settings):
 
 def keys(name: str) -> tuple[dict, set[str]]:
   """(the keys of a resolved config of SETTINGS with their values, those that cannot act in it)."""
-  resolved, objective, _ = resolve(SETTINGS[name])
-  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective))
+  resolved, objective, arch = resolve(SETTINGS[name])
+  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective, arch))
 
 
 # Another value for every key that can show in a step's rows and programs.
@@ -142,7 +145,8 @@ OTHER = {
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
   'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
-  'optim.grad_clip': 0.5, 'optim.micro_batch': 8, 'lora.alpha': 5.0, 'lora.targets': '.*/(q|o)',
+  'optim.grad_clip': 0.5, 'optim.micro_batch': 8, 'optim.router_replay': True, 'optim.router_bias_rate': 0.01,
+  'lora.alpha': 5.0, 'lora.targets': '.*/(q|o)',
   'mesh.fsdp': 2, 'mesh.tensor': 2,
   'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
   'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
@@ -195,6 +199,7 @@ REFUSED = {
   'data.max_length': (8, "config key 'data.max_length': 8, but a row has"),
   'data.max_prompt_length': (4, "config key 'data.max_prompt_length': 4, but"),
   'objective.name': ('no such', "config key 'objective.name': 'no such' is none of"),
+  'mesh.expert': (2, "config key 'mesh.expert': 2, but the policy has no experts"),
   'mesh.data': (4, "'data': 4"),
   'rollout.top_k': (5, 'top_k, top_p and min_p must be off'),
   'rollout.top_p': (0.5, 'top_k, top_p and min_p must be off'),
