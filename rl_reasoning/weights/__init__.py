@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, lora, model
+from rl_reasoning import families, lora, model, tokenizer
 from rl_reasoning.config import ConfigError, Lora, check
 from rl_reasoning.families import hf_arch, make_arch, read_json
-from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
+from rl_reasoning.gguf_tokenizer import metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors, whole
-from rl_reasoning.tokenizer import HFTokenizer
 
 CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
@@ -277,17 +276,20 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
-def save_tokenizer(source: str, folder: pathlib.Path) -> None:
+def save_tokenizer(name: str, folder: pathlib.Path) -> None:
+  source, added = tokenizer.parts(name)
   if is_gguf(source):
-    tokenizer = load_gguf_tokenizer(source)
-    tokenizer.save_pretrained(folder)
-    ids = {f'{role}_token_id': getattr(tokenizer, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
+    inner = tokenizer.HFTokenizer(source, added).inner
+    inner.save_pretrained(folder)
+    ids = {f'{role}_token_id': getattr(inner, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
     (folder / 'generation_config.json').write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=1))
     return
   files = [file for name in TOKENIZER_FILES if (file := pathlib.Path(source) / name).is_file()]
   check(bool(files), f'{source}: no tokenizer files')
   for file in files:
     shutil.copyfile(file, folder / file.name)
+  if added:
+    tokenizer.HFTokenizer(source, added).inner.save_pretrained(folder)
 
 
 def padding_of_its_own(folder: pathlib.Path) -> int | None:
@@ -296,7 +298,7 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   A sequence classifier reads its score at the last token that is no padding, by id: where the tokenizer pads with the end token, as many
   do, that would be the token before the end. The files then get another special token as padding.
   """
-  tok = HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
+  tok = tokenizer.HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
   pad = tok.inner.pad_token_id
   if pad is not None and pad != tok.end_id:
     return pad
@@ -380,7 +382,8 @@ def save(
   score_shift: float = 0.0,
   dtype: str = 'float32',
 ) -> None:
-  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file. `dtype`: one of
+  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: as of
+  tokenizer.load, but for bytes. `dtype`: one of
   DTYPES.
 
   With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
