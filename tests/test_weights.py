@@ -342,7 +342,7 @@ def permuted(x, heads):
   return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=()):
+def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=(), theta=500.0, head_dim=None):
   """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and a few merges."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(2)
@@ -350,7 +350,9 @@ def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', e
   writer.add_feed_forward_length(48)
   writer.add_head_count(heads)
   writer.add_head_count_kv(2)
-  writer.add_rope_freq_base(500.0)
+  writer.add_rope_freq_base(theta)
+  if head_dim:
+    writer.add_key_length(head_dim)
   if 'dimension' in rope:
     writer.add_rope_dimension_count(rope['dimension'])
   if 'scaling' in rope:
@@ -369,7 +371,7 @@ def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', e
            'post_attention_layernorm': 'ffn_norm', 'self_attn.': 'attn_', 'mlp.': 'ffn_', 'o_proj': 'output', '_proj': '',
            'model.layers': 'blk'}  # fmt: skip
   for name, x in tensors.items():
-    if 'q_proj' in name or 'k_proj' in name:
+    if architecture == 'llama' and ('q_proj' in name or 'k_proj' in name):
       x = permuted(x, 4 if 'q_proj' in name else 2)
     for old, new in short.items():
       name = name.replace(old, new)
@@ -396,6 +398,18 @@ def test_gguf_loads_what_it_was_made_from(tmp_path, llama):
   tied = write_gguf(tmp_path / 'tied.gguf', without('lm_head.weight')(llama))
   assert weights.read_arch(tied) == dataclasses.replace(weights.read_arch(path), tie_word_embeddings=True)
   assert 'lm_head' not in read(tied)
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'qwen3'])
+def test_gguf_of_other_families(name, tmp_path):
+  """Failure: their rows are put in llama's order, or biases and norms of heads are lost."""
+  arch = weights.read_arch(str(FIXTURES / name))
+  tensors = load_file(FIXTURES / name / 'model.safetensors')
+  path = write_gguf(tmp_path / 'one.gguf', tensors, 'qwen2', architecture=name, theta=arch.rope_theta, head_dim=arch.head_dim)
+  assert weights.read_arch(path) == dataclasses.replace(arch, rms_norm_eps=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), read(path), weights.load(str(FIXTURES / name), arch))
+  tok = load_gguf_tokenizer(path)
+  assert tok.decode(tok.encode("he's 123")) == "he's 123"
 
 
 def half(x):

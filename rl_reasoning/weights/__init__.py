@@ -76,19 +76,19 @@ def score_shift(path: str) -> float:
 
 def gguf_arch(path: str) -> Arch:
   family = metadata(path, 'general.architecture')
-  check(family == 'llama', f"{path}: general.architecture {family!r} is not 'llama'")
+  check(family in GGUF_FAMILIES, f'{path}: general.architecture {family!r} is none of {", ".join(GGUF_FAMILIES)}')
 
   def get(key: str, *default: Any) -> Any:
-    value = metadata(path, f'llama.{key}', *default)
+    value = metadata(path, f'{family}.{key}', *default)
     # Metadata are float32: the shortest decimal that reads back as the same one is what config.json said (1e-5, not 9.99999975e-06).
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   kind = get('rope.scaling.type', 'none')
-  check(kind == 'none', f'{path}: llama.rope.scaling.type {kind!r} is not built, only the default one is')
+  check(kind == 'none', f'{path}: {family}.rope.scaling.type {kind!r} is not built, only the default one is')
   shapes = {tensor.name: tensor.shape.tolist() for tensor in open_gguf(path).tensors}
   check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
   heads, D = get('attention.head_count'), get('embedding_length')
-  check(isinstance(heads, int) and heads > 0, f'{path}: llama.attention.head_count {heads!r} is no positive integer')
+  check(isinstance(heads, int) and heads > 0, f'{path}: {family}.attention.head_count {heads!r} is no positive integer')
   arch = make_arch(path, {
     'vocab_size': shapes['token_embd.weight'][-1],
     'hidden_size': D,
@@ -100,9 +100,10 @@ def gguf_arch(path: str) -> Arch:
     'rope_theta': get('rope.freq_base', 10_000.0),
     'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
     'tie_word_embeddings': 'output.weight' not in shapes,
+    **GGUF_FAMILIES[family],
   })  # fmt: skip
   turned = get('rope.dimension_count', arch.head_dim)
-  check(turned == arch.head_dim, f'{path}: llama.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
+  check(turned == arch.head_dim, f'{path}: {family}.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
   return arch
 
 
@@ -139,10 +140,11 @@ def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
   return found
 
 
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 GGUF_BLOCK = {
   'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
+  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
 }  # fmt: skip
 
@@ -163,11 +165,12 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    if heads:  # rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
+    if heads:  # of llama alone: rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x[at]
 
-  heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  paired_heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  heads = paired_heads if metadata(path, 'general.architecture') == 'llama' else {}
   result = {}
   for tensor in open_gguf(path).tensors:
     paired = heads.get('.'.join(tensor.name.split('.')[2:]))
