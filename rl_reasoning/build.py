@@ -136,12 +136,31 @@ def resolve_arch(config: Config) -> Arch:
     arch = from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
     return arch.for_length(longest(config))
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
-  arch = read_arch(source)
+  arch = with_added_tokens(read_arch(source), config.roles.policy)
   wanted = from_mapping(Arch, {**dataclasses.asdict(arch), **config.model.arch}, 'model.arch.')
   for key in sorted(config.model.arch):
     ours, theirs = getattr(wanted, key), getattr(arch, key)
     check(ours == theirs, f"config key 'model.arch.{key}': {ours!r}, but {source} has {theirs!r}")
   return arch.for_length(longest(config))
+
+
+EMBEDDINGS = 64  # an embedding that grows has a multiple of so many rows, so that it divides over devices
+
+
+def with_added_tokens(arch: Arch, role: Role) -> Arch:
+  """The architecture with rows of the embedding for the tokens that the tokenizer adds, where it has none to spare."""
+  name = resolve_tokenizer(role)
+  if not tokenizer.parts(name)[1]:
+    return arch
+  size = open_tokenizer('roles.policy.tokenizer', name).vocab_size
+  return arch if size <= arch.vocab_size else dataclasses.replace(arch, vocab_size=-(-size // EMBEDDINGS) * EMBEDDINGS)
+
+
+def open_tokenizer(key: str, name: str) -> tokenizer.Tokenizer:
+  try:
+    return tokenizer.load(name)
+  except Exception as error:  # a missing file, a damaged one: transformers raises all kinds
+    raise ConfigError(f'config key {key!r}: {name!r}: {one_line(error)}') from error
 
 
 def resolve_tokenizer(role: Role) -> str:
@@ -177,11 +196,14 @@ def heads_in(source: str) -> tuple[str, ...]:
   return heads_of(OBJECTIVES[name]) if name in OBJECTIVES else ('lm',)
 
 
-def check_reference(key: str, source: str, arch: Arch) -> None:
-  """A reference is run by the policy's own forward function, so it must be of the same architecture."""
+def check_reference(key: str, source: str, arch: Arch, grows: bool = False) -> None:
+  """A reference is run by the policy's own forward function, so it must be of the same architecture; where the policy's embedding `grows`,
+  its own grows with it."""
   check(pathlib.Path(source).exists(), f'config key {key!r}: {source!r} does not exist')
   unnamed = {'model_type': '', 'max_position_embeddings': 0}
   own, theirs = (dataclasses.replace(a.for_length(0), **unnamed) for a in (arch, read_arch(source)))
+  if grows and theirs.vocab_size < own.vocab_size:
+    theirs = dataclasses.replace(theirs, vocab_size=own.vocab_size)
   other = differences(dataclasses.asdict(own), dataclasses.asdict(theirs))
   check(not other, f'config key {key!r}: {source} is of another architecture than the policy: {"; ".join(other)}')
   check_speaks(key, source)
@@ -189,10 +211,10 @@ def check_reference(key: str, source: str, arch: Arch) -> None:
 
 def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
   """Raises ConfigError for one that cannot be read, that has no chat template where the role asks for one, or more ids than embeddings."""
+  tok = open_tokenizer('roles.policy.tokenizer', role.tokenizer)
   try:
-    tok = tokenizer.load(role.tokenizer)
     tokenizer.render_prompt('', role.template, tok)
-  except Exception as error:  # a missing file, a damaged one, a template that fails: transformers raises all kinds
+  except Exception as error:  # a template that fails: jinja raises all kinds
     raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {one_line(error)}") from error
   check(tok.vocab_size <= arch.vocab_size,
         f'the tokenizer {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
@@ -207,10 +229,7 @@ def check_teacher(teacher: Teacher, arch: Arch, tok: tokenizer.Tokenizer, own: s
   if teacher.tokenizer == own:
     return
   key = "config key 'roles.teacher.tokenizer'"
-  try:
-    theirs, ours = tokenizer.load(teacher.tokenizer).vocabulary(), tok.vocabulary()
-  except Exception as error:  # transformers raises all kinds
-    raise ConfigError(f'{key}: {teacher.tokenizer!r}: {one_line(error)}') from error
+  theirs, ours = open_tokenizer('roles.teacher.tokenizer', teacher.tokenizer).vocabulary(), tok.vocabulary()
   other = sorted({*ours.items()} ^ {*theirs.items()}, key=lambda item: item[1])
   check(not other, f"{key}: {teacher.tokenizer!r} has other tokens than the policy's {own!r}, the first one with id "
         f'{other and other[0][1]}; where they mean the same, name the policy\'s here, too')  # fmt: skip
@@ -383,6 +402,8 @@ def check_lora(config: Config, objective, arch: Arch) -> None:
   """Refuses adapters of what is not there, and a reference that is none of the base."""
   start, ref = config.roles.policy.init, config.roles.ref.init
   check(bool(start), "config key 'lora.rank': roles.policy.init is empty: adapters of random weights have nothing to adapt")
+  grown = arch.vocab_size > read_arch(start).vocab_size
+  check(not grown, "config key 'lora.rank': the embedding is not trained, and roles.policy.tokenizer adds tokens that it has no rows for")
   lora.table(model.weight_table(arch, objective.heads['policy']), config.lora)
   if objective.moving:
     check(ref in ('', start), "config key 'roles.ref.init': with lora.rank a reference that moves is the policy's start and an adapter")
@@ -439,7 +460,7 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
   tokenizer.check_template(policy.template)
   if config.roles.ref.init and {'ref'} & {*objective.frozen, *objective.moving}:
-    check_reference('roles.ref.init', config.roles.ref.init, arch)
+    check_reference('roles.ref.init', config.roles.ref.init, arch, bool(tokenizer.parts(policy.tokenizer)[1]))
   critic = config.roles.critic
   if 'critic' in objective.trainable:
     critic = dataclasses.replace(critic, init=resolve_critic(config, absent))
@@ -469,6 +490,10 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
   if not init:
     return jax.jit(model.init, static_argnums=(1, 2), out_shardings=shardings)(key, arch, heads)
   check(pathlib.Path(init).exists(), f'config section roles: init {init!r} does not exist')
+  rows = read_arch(init).vocab_size
+  if rows < arch.vocab_size:
+    smaller = load_params(init, dataclasses.replace(arch, vocab_size=rows), key, mesh, heads)
+    return jax.jit(model.grown, static_argnums=1, out_shardings=shardings)(smaller, arch.vocab_size)
   if is_run(init):
     params = restore_policy(init, arch, mesh)
   else:
@@ -590,6 +615,8 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   mesh = make_mesh(config)
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
+  if config.roles.policy.init and (rows := read_arch(config.roles.policy.init).vocab_size) < arch.vocab_size:
+    print(f'roles.policy.tokenizer adds tokens: the embedding grows from {rows} to {arch.vocab_size} rows, new ones the mean of the old')
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   critic = config.roles.critic
   archs = {'policy': arch, 'ref': arch}

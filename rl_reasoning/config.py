@@ -76,7 +76,8 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Role:
   init: str = ''  # '' random, or a run's workdir, a Hugging Face folder, a .gguf file
-  tokenizer: str = ''  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file
+  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file; 'FOLDER + <think> </think>' adds tokens, and rows to the embedding
+  tokenizer: str = ''
   template: str = (
     ''  # '' as the run of init says, else plain; a name of tokenizer.TEMPLATES, 'chat', 'chat_think', a text with {prompt}
   )

@@ -163,6 +163,17 @@ def init_table(key: jax.Array, table: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(make, table, is_leaf=is_weight)
 
 
+def grown(params: PyTree, vocab_size: int) -> PyTree:
+  """The weights with an embedding, and a head of its own where there is one, of so many rows. A new row is the mean of the others: so a new
+  token is about as likely as a middling one, where a row at random could be the likeliest of all."""
+
+  def grow(x: Array) -> Array:
+    new = jnp.broadcast_to(x.mean(axis=0, keepdims=True), (vocab_size - x.shape[0], x.shape[1]))
+    return jnp.concatenate([x, new])
+
+  return {name: grow(x) if name in ('embed', 'lm_head') else x for name, x in params.items()}
+
+
 def cast(w: dict[str, Array], dtype: str) -> dict[str, Array]:
   """A layer's weights as they compute. A router stays as it is: near ties decide."""
   return {name: p if name.startswith('router') else p.astype(dtype) for name, p in w.items()}

@@ -28,12 +28,15 @@ from rl_reasoning import (
   pipeline,
   rollout,
   sharding,
+  train,
+  weights,
 )
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.presets import PRESETS
 from rl_reasoning.structs import Batch, Rollout
+from rl_reasoning.tokenizer import load as load_tokenizer
 from tests.test_distill import make_teacher
 from tests.test_tokenizer import make_folder
 
@@ -759,3 +762,36 @@ def test_factored_optimizer_on_a_mesh():
   optimizer, _ = optim.make(config.Optim(name='adafactor'), 1)
   placed = build.optimizer_shardings(mesh, optimizer, shapes, build.param_shardings(mesh, arch))
   jax.jit(optimizer.init, out_shardings=placed).lower(shapes)
+
+
+def test_added_tokens_grow_the_embedding(tmp_path, capsys):
+  """Failure: rows of an embedding move when tokens are added, a role or a later run does not know them, or an export forgets them."""
+  folder = make_folder(tmp_path / 'tok')
+  arch = model.Arch(261, 8, 16, 1, 2, 1, 4, tie_word_embeddings=False)
+  weights.save(model.init(jax.random.key(0), arch), arch, str(tmp_path / 'base'), folder)
+  source, name = str(tmp_path / 'base'), f'{tmp_path / "base"} + <think> </think>'
+  shared = {
+    'total_steps': 1, 'data': {'train_size': 16, 'batch_size': 8, 'max_length': 96, 'cache_dir': str(tmp_path / 'cache')},
+    'roles': {'policy': {'init': source, 'tokenizer': name}},
+  }  # fmt: skip
+  run = build.build(config.resolve(shared))
+  assert 'the embedding grows from 261 to 320 rows' in capsys.readouterr().out
+  with jax.set_mesh(run.mesh):
+    params = run.init().params['policy']
+  old = weights.load(source, arch)
+  for key in ('embed', 'lm_head'):
+    np.testing.assert_array_equal(params[key][:261], old[key])
+    np.testing.assert_allclose(params[key][261:], np.broadcast_to(np.mean(old[key], axis=0), (59, 8)), atol=1e-6)
+  train.train(config.resolve(shared), str(tmp_path / 'run'))
+  again = build.build(config.resolve({**shared, 'roles': {'policy': {'init': str(tmp_path / 'run')}}}))
+  assert again.arch.vocab_size == 320 and len(again.tokenizer.encode('<think>')) == 1
+  build.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  assert len(load_tokenizer(str(tmp_path / 'out')).encode('</think>')) == 1
+  assert weights.read_arch(str(tmp_path / 'out')).vocab_size == 320
+  grpo = {'objective': {'name': 'grpo', 'beta': 0.1}, 'rewards': {'functions': ('format',)}}
+  with_ref = config.merge({k: v for k, v in shared.items() if k != 'data'}, {
+    **grpo, 'data': {'train_size': 16, 'batch_size': 8, 'max_prompt_length': 64}, 'roles': {'ref': {'init': source}},
+  })  # fmt: skip
+  resolve(with_ref)
+  assert "'lora.rank': the embedding is not trained" in refusal(resolve, {**shared, 'lora': {'rank': 2}})
+  assert "'roles.policy.tokenizer': 'bytes + <x>'" in refusal(resolve, config.override(shared, 'roles.policy.tokenizer', 'bytes + <x>'))

@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, lora, model
+from rl_reasoning import families, lora, model, tokenizer
 from rl_reasoning.config import ConfigError, Lora, check
 from rl_reasoning.families import hf_arch, make_arch, read_json
-from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
+from rl_reasoning.gguf_tokenizer import metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors, whole
-from rl_reasoning.tokenizer import HFTokenizer
 
 CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
@@ -77,19 +76,19 @@ def score_shift(path: str) -> float:
 
 def gguf_arch(path: str) -> Arch:
   family = metadata(path, 'general.architecture')
-  check(family == 'llama', f"{path}: general.architecture {family!r} is not 'llama'")
+  check(family in GGUF_FAMILIES, f'{path}: general.architecture {family!r} is none of {", ".join(GGUF_FAMILIES)}')
 
   def get(key: str, *default: Any) -> Any:
-    value = metadata(path, f'llama.{key}', *default)
+    value = metadata(path, f'{family}.{key}', *default)
     # Metadata are float32: the shortest decimal that reads back as the same one is what config.json said (1e-5, not 9.99999975e-06).
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   kind = get('rope.scaling.type', 'none')
-  check(kind == 'none', f'{path}: llama.rope.scaling.type {kind!r} is not built, only the default one is')
+  check(kind == 'none', f'{path}: {family}.rope.scaling.type {kind!r} is not built, only the default one is')
   shapes = {tensor.name: tensor.shape.tolist() for tensor in open_gguf(path).tensors}
   check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
   heads, D = get('attention.head_count'), get('embedding_length')
-  check(isinstance(heads, int) and heads > 0, f'{path}: llama.attention.head_count {heads!r} is no positive integer')
+  check(isinstance(heads, int) and heads > 0, f'{path}: {family}.attention.head_count {heads!r} is no positive integer')
   arch = make_arch(path, {
     'vocab_size': shapes['token_embd.weight'][-1],
     'hidden_size': D,
@@ -101,9 +100,10 @@ def gguf_arch(path: str) -> Arch:
     'rope_theta': get('rope.freq_base', 10_000.0),
     'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
     'tie_word_embeddings': 'output.weight' not in shapes,
+    **GGUF_FAMILIES[family],
   })  # fmt: skip
   turned = get('rope.dimension_count', arch.head_dim)
-  check(turned == arch.head_dim, f'{path}: llama.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
+  check(turned == arch.head_dim, f'{path}: {family}.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
   return arch
 
 
@@ -140,10 +140,11 @@ def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
   return found
 
 
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 GGUF_BLOCK = {
   'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
+  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
 }  # fmt: skip
 
@@ -164,11 +165,12 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    if heads:  # rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
+    if heads:  # of llama alone: rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x[at]
 
-  heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  paired_heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  heads = paired_heads if metadata(path, 'general.architecture') == 'llama' else {}
   result = {}
   for tensor in open_gguf(path).tensors:
     paired = heads.get('.'.join(tensor.name.split('.')[2:]))
@@ -277,17 +279,20 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
-def save_tokenizer(source: str, folder: pathlib.Path) -> None:
+def save_tokenizer(name: str, folder: pathlib.Path) -> None:
+  source, added = tokenizer.parts(name)
   if is_gguf(source):
-    tokenizer = load_gguf_tokenizer(source)
-    tokenizer.save_pretrained(folder)
-    ids = {f'{role}_token_id': getattr(tokenizer, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
+    inner = tokenizer.HFTokenizer(source, added).inner
+    inner.save_pretrained(folder)
+    ids = {f'{role}_token_id': getattr(inner, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
     (folder / 'generation_config.json').write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=1))
     return
   files = [file for name in TOKENIZER_FILES if (file := pathlib.Path(source) / name).is_file()]
   check(bool(files), f'{source}: no tokenizer files')
   for file in files:
     shutil.copyfile(file, folder / file.name)
+  if added:
+    tokenizer.HFTokenizer(source, added).inner.save_pretrained(folder)
 
 
 def padding_of_its_own(folder: pathlib.Path) -> int | None:
@@ -296,7 +301,7 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   A sequence classifier reads its score at the last token that is no padding, by id: where the tokenizer pads with the end token, as many
   do, that would be the token before the end. The files then get another special token as padding.
   """
-  tok = HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
+  tok = tokenizer.HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
   pad = tok.inner.pad_token_id
   if pad is not None and pad != tok.end_id:
     return pad
@@ -380,7 +385,8 @@ def save(
   score_shift: float = 0.0,
   dtype: str = 'float32',
 ) -> None:
-  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file. `dtype`: one of
+  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: as of
+  tokenizer.load, but for bytes. `dtype`: one of
   DTYPES.
 
   With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
