@@ -14,7 +14,7 @@ Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
 
 
 def get_config(
-  weights: str = '', data: str = '', seed: int = 0, chains: int = 1000, questions: int = 300, eval_size: int = 200
+  weights: str = '', data: str = '', seed: int = 0, chains: int = 200, questions: int = 300, eval_size: int = 200
 ) -> dict:
   assert weights, 'weights= names the model'
   asked = {'task': 'gsm8k', 'path': data, 'train_size': chains + questions, 'max_prompt_length': 384}  # in one order of the seed
