@@ -5,21 +5,28 @@ Command:  python -m rl_reasoning.pipeline --config=configs/gsm8k_rounds.py:weigh
 Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
 
   sft         one pass over `chains` of GSM8K's training chains, in the format
-  sft_curve   held-out accuracy, greedy, and of voting and best-of-n over 4 samples
+  sft_eval    held-out accuracy, greedy
+  sft_curve   of voting and best-of-n over 4 samples
   sampled     4 samples each on 300 other training questions; those that are right and in the format stay
   kept        of these what does not loop, each text once
   again       SFT goes on with them
-  again_curve the same as sft_curve
+  again_eval, again_curve   the same as above
 """
 
 
 def get_config(
-  weights: str = '', data: str = '', seed: int = 0, chains: int = 1000, questions: int = 300, eval_size: int = 200
+  weights: str = '',
+  data: str = '',
+  seed: int = 0,
+  chains: int = 200,
+  questions: int = 300,
+  eval_size: int = 200,
+  curve_size: int = 100,
 ) -> dict:
   assert weights, 'weights= names the model'
   asked = {'task': 'gsm8k', 'path': data, 'train_size': chains + questions, 'max_prompt_length': 384}  # in one order of the seed
   template = {'template': 'chat_think'}
-  rollout = {'max_completion_length': 192, 'chunk': 64}
+  rollout = {'max_completion_length': 160, 'chunk': 160}
 
   def sft(init: str, rows: dict, steps: int, learning_rate: float) -> dict:
     return {
@@ -33,15 +40,24 @@ def get_config(
       'checkpoint': {'every': 25, 'keep': 1},
     }
 
+  tested = {'data': {'task': 'gsm8k', 'path': data, 'max_prompt_length': 384}, 'rollout': rollout}
+
+  def greedy(stage: str) -> dict:
+    return {
+      **tested,
+      'roles': {'policy': template},
+      'rewards': {'functions': ('accuracy', 'format')},
+      'eval': {'size': eval_size, 'batch_size': 100, 'evaluators': {'greedy': {}}},
+      'evaluate': {'checkpoint': f'{{workdir}}/{stage}'},
+    }
+
   def curve(stage: str) -> dict:
     sampled = {'temperature': 0.7, 'num_samples': (1, 2, 4)}
     return {
+      **tested,
       'roles': {'policy': {'init': f'{{workdir}}/{stage}', **template}},
-      'data': {'task': 'gsm8k', 'path': data, 'max_prompt_length': 384},
-      'rollout': rollout,
-      'eval': {'size': eval_size, 'batch_size': 20},
+      'eval': {'size': curve_size, 'batch_size': 50},
       'scale': {
-        'greedy': {'method': 'zero_shot', 'instruction': ''},
         'voting': {'method': 'vote', **sampled},
         'by likelihood': {'method': 'weighted_vote', 'by': 'likelihood_per_token', **sampled},
         'verifier': {'method': 'best_of_n', 'by': 'oracle', **sampled},
@@ -51,6 +67,7 @@ def get_config(
   return {
     'stages': {
       'sft': sft(weights, {k: v for k, v in asked.items() if k != 'max_prompt_length'}, chains // 8, 2e-4),
+      'sft_eval': greedy('sft'),
       'sft_curve': curve('sft'),
       'sampled': {
         'seed': seed,
@@ -60,7 +77,7 @@ def get_config(
         'rewards': {'functions': ('accuracy', 'format')},
         'generate': {
           'keep': 'reasoning', 'verify': 'always', 'first': chains, 'size': questions, 'num_samples': 4, 'temperature': 0.7,
-          'batch_size': 20, 'seed': seed,
+          'batch_size': 50, 'seed': seed,
         },
       },
       'kept': {'filter': {
@@ -68,6 +85,7 @@ def get_config(
         'steps': ({'name': 'repetition', 'ngram_size': 10, 'most': 0.2}, {'name': 'duplicates'}),
       }},
       'again': sft('{workdir}/sft', {'task': 'dataset', 'path': '{workdir}/kept/data.jsonl'}, 12, 5e-5),
+      'again_eval': greedy('again'),
       'again_curve': curve('again'),
     }
   }  # fmt: skip

@@ -33,7 +33,8 @@ def get_config(
   student2: str = '', student2_rate: float = 8e-5, fsdp: int = 1, micro_batch: int = 64, language: str = 'en', seed: int = 0,
   scale: float = 1.0,
 ) -> dict:  # fmt: skip
-  assert base, 'base= names the model'
+  for name, value in (('base', base), ('data', data), ('general', general)):
+    assert value, f'{name}= is missing'
 
   # student_rate, S: 1e-4 for Qwen2.5-Math-1.5B, 8e-5 Qwen2.5-Math-7B, 7e-5 Qwen2.5-14B, 6e-5 Qwen2.5-32B.
   def scaled(count: float) -> int:

@@ -31,5 +31,5 @@ def get_config(
     'options': {'max_tokens': max_tokens},
     'template': '{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}.',  # as DeepSeek advises for R1
   }  # fmt: skip
-  task = {'task': 'dataset', 'path': path}
+  task = {'task': 'dataset', 'path': path, 'options': {'test_share': 0.0}}
   return {'seed': seed, 'data': task, 'generate': {**made, 'num_samples': num_samples, 'api': teacher}}

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from rl_reasoning.config import ConfigError
 
-# What JSON of another shape than the expected one raises (the last one: int(1e999)).
-GARBLED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+# What JSON of another shape than the expected one raises (the last ones: int(1e999), thousands of brackets).
+GARBLED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Usage(NamedTuple):

@@ -73,8 +73,9 @@ class Again(NamedTuple):
 class Budget:
   """Limits on all that a file of answers has cost, earlier calls included; 0: none. Every POST counts, retries too.
 
-  A limit is never passed: before a POST its upper bound is set aside, a token a byte of the prompt and max_tokens for each of n choices,
-  and what it did not take is given back with the answer. Of a POST whose reply was lost the bound is counted, as it may be on the bill.
+  A limit is passed by nothing but kill -9, which loses what is on its way: before a POST its upper bound is set aside, a token a byte
+  of the prompt and max_tokens for each of n choices, and what it did not take is given back with the answer. Of a POST whose reply was
+  lost the bound is counted, as it may be on the bill.
   """
 
   requests: int = 0
@@ -154,6 +155,9 @@ def retry_after(value: str | None) -> float:
     return 0.0
 
 
+BROKEN_OFF = 'insufficient_system_resource'  # DeepSeek's finish_reason of an answer that the server gave up
+
+
 def told(text: str) -> str:
   """What the endpoint says is wrong: the message inside its JSON, or the text as it is."""
   try:
@@ -161,7 +165,7 @@ def told(text: str) -> str:
     for key in ('error', 'message', 'detail'):
       found = found.get(key, found) if isinstance(found, dict) else found
     text = found if isinstance(found, str) else json.dumps(found)
-  except ValueError:
+  except (ValueError, RecursionError):
     pass
   return ' '.join(text.split())
 
@@ -194,7 +198,8 @@ def read_reply(body: bytes) -> tuple[Answer, tuple[int, int] | None, str]:
     [t.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for t in ts] for ts in (texts, reasonings)
   )
   usage = found.get('usage')
-  tokens = (int(usage['prompt_tokens']), int(usage.get('completion_tokens') or 0)) if usage else None
+  counted = isinstance(usage, dict) and 'prompt_tokens' in usage  # else the answer is good, and its bound is what it has cost
+  tokens = (int(usage['prompt_tokens']), int(usage.get('completion_tokens') or 0)) if counted else None
   answer = Answer(tuple(texts), tuple(reasonings), tuple(str(reason) for _, reason in choices))
   return answer, tokens, str(found.get('model') or '')
 
@@ -398,7 +403,7 @@ class Client:
         answer, tokens, model = read_reply(response.content)
       except GARBLED as error:
         said = self.quote(told(response.text))
-        reason = f'the reply is no chat completion ({type(error).__name__}: {error}): {said}'
+        reason = f'the reply is no chat completion ({type(error).__name__}: {self.quote(str(error))}): {said}'
         return Again(reason, hint='is this the base URL of an OpenAI-compatible endpoint?'), bound
       charged, wanted = Usage(1, *tokens) if tokens else bound, self.endpoint.answers_as or self.endpoint.model
       if not same_model(wanted, model):
@@ -406,6 +411,8 @@ class Client:
         return Again(reason, hint='if it is an alias, say under which name its answers come'), charged
       if blank(answer):
         return Again(f'the reply is empty ({answer.finished[0]})', hint='do its options leave room for an answer?'), charged
+      if BROKEN_OFF in answer.finished:
+        return Again(f'the answer was broken off ({BROKEN_OFF})'), charged
       self.answered = True
       return answer, charged
     reason = f'{status}: {self.quote(told(response.text))}'

@@ -21,7 +21,7 @@ import pathlib
 import random
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -106,23 +106,26 @@ def options_of(data: Data) -> dict[str, Any]:
   return {key: coerce(value, kinds[key], f'data.options.{key}') for key, value in data.options.items()}
 
 
-def check_task(data: Data) -> None:
-  """What can be told wrong of `data.task` before its files are there. Raises ConfigError."""
+def check_task(data: Data, made: Collection[str] = ()) -> None:
+  """What can be told wrong of `data.task` before it is read. Files of the paths `made` need not be there yet. Raises ConfigError."""
   options = options_of(data)
   if not hasattr(TASKS[data.task], 'files'):
     next(TASKS[data.task].rows('train', 0, 1, **options))
+  elif data.path and data.path not in made and not re.fullmatch(r'[\w.-]+/[\w.-]+', data.path):  # which may be the hub's name
+    there = pathlib.Path(data.path).expanduser().exists() or '://' in data.path
+    check(there, f"config key 'data.path': {data.path!r} does not exist")
 
 
-def check_tasks(data: Data) -> None:
+def check_tasks(data: Data, made: Collection[str] = ()) -> None:
   """`check_task` of every task of the section."""
   named = {f'data.mixture.{name}': c for name, c in components(data).items()}
   if data.pretrain:
     named['data.pretrain'] = coerce(data.pretrain, Component, 'data.pretrain')
   for where, component in named.items():
     with told_under(where):
-      check_task(with_component(data, component))
+      check_task(with_component(data, component), made)
   if not data.mixture:
-    check_task(data)
+    check_task(data, made)
 
 
 def load(data: Data, split: str, seed: int, size: int | None) -> Source:
@@ -262,6 +265,11 @@ class Train:
       rows.append(tagged(row, name))
     after['drawn'] += size
     return rows, after
+
+  def whole(self) -> list[dict]:
+    """Every row of every task once, in the order in which it would be drawn of its task."""
+    rows = {name: batch(source, 0, len(source), self.seed)[0] for name, source in self.sources.items()}
+    return [tagged(row, name) if self.mixed else row for name, some in rows.items() for row in some]
 
   def draw_pretrain(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
     """(rows of the second stream, next cursor)."""

@@ -21,6 +21,8 @@ from rl_reasoning.data_settings import Api, Job, price_of
 from rl_reasoning.tokenizer import split_thinking
 from rl_reasoning.verify.math import answer_elements
 
+ANSWERS = 'answers.jsonl'
+CUT = ('length', 'content_filter')  # finish_reason of half an answer
 BYTES_PER_TOKEN = 4  # of English and mathematics, roughly: for the estimate alone
 
 
@@ -94,7 +96,7 @@ class Teacher:
   def make(self, rows: Sequence[dict], folder: epath.Path) -> tuple[list[dict], dict[str, Any]]:
     g, n = self.generate, self.generate.num_samples
     check('://' not in str(folder), f'--workdir={folder}: answers are appended to a file: name a local folder')
-    with api.Client(self.endpoint, folder / 'answers.jsonl', self.budget) as client:
+    with api.Client(self.endpoint, folder / ANSWERS, self.budget) as client:
       print(estimate(client, self.requests(rows)), flush=True)
       api.ask_all(client, self.requests(rows), len(rows) * n)
       outcomes = [client.known(request) for request in self.requests(rows)]
@@ -111,7 +113,7 @@ class Teacher:
       text = outcome.texts[0] if found is None else f'<think>{found[0]}</think><answer>{found[1]}</answer>'
       said.append(text if found is None else found[1])
       samples.append({
-        'problem': index // n, 'prompt': '', 'completion': text, 'truncated': outcome.finished[0] == 'length', 'reward': None,
+        'problem': index // n, 'prompt': '', 'completion': text, 'truncated': outcome.finished[0] in CUT, 'reward': None,
       })  # fmt: skip
     for sample, verdict in zip(samples, verdicts([rows[s['problem']] for s in samples], said), strict=True):
       sample['accuracy'] = verdict

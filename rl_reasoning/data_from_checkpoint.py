@@ -145,6 +145,8 @@ class Checkpoint:
     self.config = self.run.config
     fingerprint = int(checkpoint.fingerprint(self.params))
     self.told, self.about = {'checkpoint': self.path, 'fingerprint': fingerprint}, {'fingerprint': fingerprint}
+    if self.frozen:
+      self.about['frozen'] = {role: int(checkpoint.fingerprint(w)) for role, w in self.frozen.items()}
 
   def check(self, rows: Sequence[dict]) -> None:
     config, g = self.config, self.job.generate

@@ -49,7 +49,7 @@ class Price:
 
 # Of the section api, what decides where and when an answer is bought, and not which.
 BUYING = (
-  'url', 'key_env', 'prices', 'max_requests', 'max_tokens', 'max_cost', 'concurrency', 'timeout', 'attempts', 'backoff',
+  'url', 'key_env', 'answers_as', 'prices', 'max_requests', 'max_tokens', 'max_cost', 'concurrency', 'timeout', 'attempts', 'backoff',
 )  # fmt: skip
 
 
@@ -140,6 +140,7 @@ def check_api(a: Api, num_samples: int) -> None:
   """Raises ConfigError for what api.py would not refuse by the name of the key."""
   for field in ('url', 'model'):
     check(bool(getattr(a, field)), f"config key 'generate.api.{field}' is empty")
+  api.checked_url(a.url)
   check('{prompt}' in a.template, f"config key 'generate.api.template': {a.template!r} has no {{prompt}}")
   taken = sorted(api.OWN_OPTIONS & a.options.keys())
   check(not taken, f"config key 'generate.api.options': {', '.join(taken)} cannot be set here")

@@ -111,7 +111,7 @@ def drawn(job: Job) -> list[dict]:
   if g.split == 'train':
     split = data.open_train(config.data, config.seed)
     count = len(split)
-    rows = split.draw(split.first(), min(count, g.first + (g.size or count)))[0]
+    rows = split.draw(split.first(), min(count, g.first + g.size))[0] if g.size else split.whole()
   else:
     rows = data.open_test(config.data, config.seed, g.first + g.size)
     count = len(rows)

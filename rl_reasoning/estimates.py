@@ -75,18 +75,20 @@ def choices_of(n: int, k: int, seed: int = 0) -> np.ndarray:
   return rng.permuted(np.tile(np.arange(n), (CHOICES, 1)), axis=1)[:, :k]
 
 
-def weighted_maj_at_k(groups: Sequence[int | None], weights: Sequence[float], right: Sequence[float], k: int) -> float:
+def weighted_maj_at_k(groups: Sequence[int | None], log_weights: Sequence[float], right: Sequence[float], k: int) -> float:
   """Expected rightness of the answer whose samples have the largest sum of weights among k, over choices of k of the n samples (see
-  `choices_of`). `groups` numbers the answers; a sample without one, or of weight 0, has no say. Sums that are equal up to rounding tie and
-  share the win equally; where nobody has a say nothing is right."""
-  names = sorted({g for g, w in zip(groups, weights) if g is not None and w > 0})
+  `choices_of`). `groups` numbers the answers; a sample without one, or of weight 0 (log -inf), has no say. Weights come as logarithms,
+  of which each choice's largest is taken off: those of long completions are far below what a float holds. Sums that are equal up to
+  rounding tie and share the win equally; where nobody has a say nothing is right."""
+  log_N = np.asarray([-np.inf if g is None else w for g, w in zip(groups, log_weights, strict=True)], np.float64)
+  names = sorted({g for g, w in zip(groups, log_N) if g is not None and w > -np.inf})
   if not names:
     return 0.0
   member_GN = np.asarray([[g == name for g in groups] for name in names])
   value_G = np.asarray([np.asarray(right, np.float64)[member].mean() for member in member_GN])
-  chosen_SK = choices_of(len(weights), k)
-  weight_GN = member_GN * np.asarray(weights, np.float64)
-  sum_SG = weight_GN[:, chosen_SK].sum(axis=2).T
+  chosen_SK = choices_of(len(log_N), k)
+  top_S = np.maximum(log_N[chosen_SK].max(axis=1, keepdims=True), -1e300)  # where nobody has a say: -inf less -inf is no number
+  sum_SG = (member_GN[:, chosen_SK] * np.exp(log_N[chosen_SK] - top_S)).sum(axis=2).T
   best_S = sum_SG.max(axis=1, keepdims=True)
   wins_SG = (sum_SG >= best_S * (1 - 1e-9)) & (best_S > 0)
   return float((wins_SG @ value_G / wins_SG.sum(axis=1).clip(1)).mean())

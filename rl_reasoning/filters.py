@@ -264,6 +264,7 @@ def resolve(settings: Mapping[str, Any]) -> Filter:
 
 
 def files(path: str, name: str) -> list[pathlib.Path]:
+  check(bool(path), f"config key 'filter.inputs.{name}' is empty: it names a file or a folder")
   where = pathlib.Path(path).expanduser()
   check(where.exists(), f"config key 'filter.inputs.{name}': {path!r} does not exist")
   found = [where] if where.is_file() else sorted(f for f in where.rglob('*') if f.name.endswith(dataset.ENDINGS))

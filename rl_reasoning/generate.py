@@ -27,6 +27,7 @@ from rl_reasoning import build, chat, config as config_lib, environment, evaluat
 from rl_reasoning.config import Parser, Rollout, check
 
 COMMANDS = ('scale', 'chat', 'ask')
+CONVERSATION = 2048  # tokens of the turns before an answer, for ropes that stretch by the length of the run
 CHUNK = 256  # of a talk: whenever the cache grows a program is compiled, and the person waits
 
 
@@ -84,6 +85,7 @@ def talk(kind: str, argv: Sequence[str]) -> None:
   environment.cache_compilations()
   run, params, _ = evaluate.open_run(config, flags.checkpoint)
   check(run.speaks, f'--checkpoint={flags.checkpoint}: is a reward model: it has no head for text')
+  run = run._replace(arch=run.arch.for_length(flags.max_tokens + CONVERSATION))
   top_p = flags.top_p if flags.temperature else 1.0  # greedy is greedy
   settings = Rollout(max_completion_length=flags.max_tokens, temperature=flags.temperature, top_p=top_p, chunk=CHUNK)
   talker, live = chat.Talker(run, params, settings, flags.seed), sys.stdout.isatty()

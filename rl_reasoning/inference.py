@@ -95,7 +95,8 @@ def resolve(settings: Mapping[str, Any]) -> Job:
   given = {key: value for key, value in settings.items() if key != 'scale'}
   keys_set = set(config_lib.flatten(given))
   roles = given.get('roles', {})
-  models = list(roles.get('reward', {})) if isinstance(roles, Mapping) else []
+  named = roles.get('reward', {}) if isinstance(roles, Mapping) else {}
+  models = list(named) if isinstance(named, Mapping) else []  # what it is instead is told by config.resolve
   methods = make_methods(settings['scale'], models)
   idle = sorted({*models} - {by(method) for method in methods.values()})
   check(not idle, f"config key 'roles.reward.{', '.join(idle)}' cannot act: no method of scale goes by it")
@@ -260,7 +261,11 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
   check(run.speaks, f'--checkpoint={source}: is a reward model: it has no head for text')
   models, frozen = build.load_reward_models(wanted, run.mesh, process=True)
   config = dataclasses.replace(run.config, roles=dataclasses.replace(run.config.roles, reward=wanted.roles.reward))
-  run = run._replace(config=config, reward_models=models)
+  limits = [variant.limit(config) for m in methods.values() for variant in m.variants().values()]
+  arch = run.arch.for_length(
+    config.data.max_prompt_length + max(limits)
+  )  # a forced budget may be longer than a completion's limit
+  run = run._replace(config=config, reward_models=models, arch=arch)
   sharding.check_rows('eval.batch_size', config.eval.batch_size, run.mesh)
   flat = config_lib.flatten(config_lib.to_dict(config))
   read = keys_read(methods)
@@ -274,6 +279,7 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
     check(any_gold(rows), 'no problem of the task has a gold answer that can be checked')
     check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
     about = {'checkpoint': source, 'fingerprint': bench.fingerprint, 'config': settings}
+    about |= {'frozen': {role: int(checkpoint.fingerprint(w)) for role, w in frozen.items()}} if frozen else {}
     evaluate.open_workdir(folder, FILES, about, 'the curves of another config', overwrite)
     finished = folder / FILES[1]
     if finished.exists():

@@ -150,18 +150,17 @@ class WeightedVote(Sampled):
 
   words: ClassVar = ('likelihood', 'likelihood_per_token')
 
-  def weights(self, samples: Samples) -> list[float]:
+  def log_weights(self, samples: Samples) -> list[float]:
     if self.by not in self.words:
       scores = [s['rewards'][self.by] for s in samples]
-      return [0.0 if score is None else float(sigmoid(np.asarray(score))) for score in scores]
-    logp = [s['logp'] if self.by == 'likelihood' else s['logp'] / s['length'] for s in samples]
-    return [math.exp(x - max(logp)) for x in logp]  # whose sums compare alike, and do not vanish
+      return [-math.inf if score is None else -float(np.logaddexp(0, -score)) for score in scores]  # of the sigmoid
+    return [s['logp'] if self.by == 'likelihood' else s['logp'] / s['length'] for s in samples]
 
   def at(self, samples: Samples, k: int) -> float:
     answers = [None if s['answer'] is None else evaluators.vote(s['answer']) for s in samples]
     number = {answer: n for n, answer in enumerate(dict.fromkeys(answers))}
     groups = [None if answer is None else number[answer] for answer in answers]
-    return weighted_maj_at_k(groups, self.weights(samples), [s['accuracy'] for s in samples], k)
+    return weighted_maj_at_k(groups, self.log_weights(samples), [s['accuracy'] for s in samples], k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,6 +276,7 @@ def make_methods(settings: Mapping[str, Any], models: Sequence[str]) -> dict[str
   """The methods by name; `models` are the reward models. Raises ConfigError naming the key that is unknown, out of range or without
   effect."""
   methods: dict[str, Method] = {}
+  check(isinstance(settings, Mapping), f"config section 'scale': {settings!r} is not a mapping")
   check(bool(settings), "config section 'scale' is empty: it says how tokens are spent, try {'voting': {'method': 'vote'}}")
   for name, options in settings.items():
     key = f'scale.{name}'

@@ -65,6 +65,11 @@ class Manifest:
     self.stages[name] |= {'output': output, 'metrics': dict(metrics), 'wall_s': round(wall_s, 1), 'finished': now()}
     self.write()
 
+  def reopen(self, name: str) -> None:
+    for key in ('output', 'metrics', 'wall_s', 'finished'):
+      self.stages[name].pop(key, None)
+    self.write()
+
   def forget(self, name: str) -> None:
     self.stages.pop(name, None)
     self.write()

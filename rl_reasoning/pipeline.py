@@ -22,6 +22,7 @@ if __name__ == '__main__':
 
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Collection, Mapping
@@ -29,8 +30,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from rl_reasoning import config as config_lib, environment, metrics, train
+from rl_reasoning import config as config_lib, datagen, environment, metrics, train
 from rl_reasoning.config import ConfigError, check
+from rl_reasoning.data_from_api import ANSWERS
 from rl_reasoning.manifest import Manifest, changes
 from rl_reasoning.stages import KINDS, Settings, check_stage, deciding, fill, inputs, kind_of, output, split_reference
 
@@ -129,9 +131,20 @@ def deleted(name: str, workdir: str) -> epath.Path:
   return epath.Path(f'{workdir}/.{name}.deleted')
 
 
+def finish_removal(name: str, workdir: str) -> None:
+  """Deletes what `deleted` names, if it is there, but for answers that were bought: they stay for the stage that is made anew."""
+  old, folder = deleted(name, workdir), epath.Path(f'{workdir}/{name}')
+  if not old.exists():
+    return
+  if (old / ANSWERS).exists():
+    folder.mkdir(exist_ok=True)
+    (old / ANSWERS).rename(folder / ANSWERS)
+  old.rmtree()
+
+
 def remove(name: str, workdir: str) -> None:
   epath.Path(f'{workdir}/{name}').rename(deleted(name, workdir))  # whole or not at all: a kill leaves no half of a stage
-  deleted(name, workdir).rmtree()
+  finish_removal(name, workdir)
   print(f'== stage {name}: its old output is deleted', flush=True)
 
 
@@ -144,6 +157,10 @@ def run_stage(name: str, settings: Settings, workdir: str, manifest: Manifest, o
     ours = kind != 'export' or not epath.Path(folder).exists()
     check(ours, f'{folder} exists, and is no output of this pipeline: move it away')
     manifest.begin(name, entry_of(settings, workdir, manifest))
+  elif (
+    'output' in manifest.stages[name]
+  ):  # more is to be had of it: until that is there it has no output that a kill could leave wrong
+    manifest.reopen(name)
   found = KINDS[kind].run(fill(settings, workdir), folder, overwrite)
   manifest.finish(name, manifest.identity(output(settings, folder)), found, time.time() - began)
   print(f'== stage {name}: done in {time.time() - began:.0f} s', flush=True)
@@ -165,9 +182,8 @@ def run_pipeline(
   unknown = [name for name in rerun if name not in stages]
   check(not unknown, f'--rerun={",".join(rerun)}: no stage is called {", ".join(unknown)}; stages: {", ".join(stages)}')
   manifest = Manifest(workdir)
-  for path in (deleted(name, workdir) for name in stages):
-    if path.exists():
-      path.rmtree()
+  for name in stages:
+    finish_removal(name, workdir)
   if overwrite:
     for name in [name for name in stages if name in manifest.stages]:
       if epath.Path(f'{workdir}/{name}').exists():
@@ -229,4 +245,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGTERM, datagen.interrupt)
   sys.exit(main(sys.argv[1:]))

@@ -274,12 +274,12 @@ def output(settings: Settings, folder: str) -> str:
   return f'{folder}/{KINDS[kind_of(settings)].output}'.rstrip('/')
 
 
-def check_data(settings: Settings) -> None:
-  """The tasks that a stage of any kind names, itself and by its evaluators."""
+def check_data(settings: Settings, made: Collection[str]) -> None:
+  """The tasks that a stage of any kind names, itself and by its evaluators. The paths `made` are outputs of earlier stages."""
   section = coerce(settings.get('data', {}), config_lib.Data, 'data')
-  data.check_tasks(section)
+  data.check_tasks(section, made)
   for name, evaluator in evaluators.make_evaluators(settings.get('eval', {}).get('evaluators', {})).items():
-    data.check_tasks(evaluators.data_of(section, name, evaluator))
+    data.check_tasks(evaluators.data_of(section, name, evaluator), made)
 
 
 def check_stage(settings: Settings, workdir: str, earlier: Mapping[str, Settings], stages: Collection[str] = ()) -> None:
@@ -290,4 +290,4 @@ def check_stage(settings: Settings, workdir: str, earlier: Mapping[str, Settings
   absent = [path for path, kind in made.items() if kind == 'train' or not pathlib.Path(path).exists()]
   settings = fill(settings, workdir)
   KINDS[kind_of(settings)].check(settings, absent)
-  check_data(settings)
+  check_data(settings, made)

@@ -430,6 +430,35 @@ def test_after_an_answer_one_bad_reply_is_one_failure(serve, tmp_path):
   assert found[2] == Failure('403: flagged', refused=True) and found[3].texts == ('b',)
 
 
+def test_replies_of_odd_shapes(serve, tmp_path, monkeypatch):
+  """Failure: the key comes back in what a reply is told to be, a good answer is thrown away for its usage, an answer that the server broke
+  off is kept, or a body of a thousand brackets ends the run."""
+  monkeypatch.setenv('SOME_KEY', KEY)
+
+  def reply(body, headers):
+    text = asked(body)
+    if text == 'list':
+      return chat([f'Bearer {KEY}' * 100])
+    if text == 'usage':
+      return {**chat('good'), 'usage': {'total_tokens': 30}}
+    if text == 'deep':
+      return '[' * 100_000
+    return chat('half', finish='insufficient_system_resource') if len(server.bodies) % 2 else chat('whole')
+
+  path = tmp_path / 'a'
+  server = serve(reply)
+  found, _ = run(
+    server, path, [request('usage'), request('list'), request('deep')], api_key_env='SOME_KEY', attempts=2, backoff=0
+  )
+  assert (
+    found[0].texts == ('good',) and 'no chat completion (TypeError' in found[1].reason and 'RecursionError' in found[2].reason
+  )
+  assert KEY not in path.read_text() and max(map(len, path.read_text().splitlines())) < 2000
+  server.bodies.clear()
+  found, _ = run(server, path, [request('broken')], api_key_env='SOME_KEY', attempts=2, backoff=0)
+  assert found[0].texts == ('whole',) and len(server.bodies) == 2
+
+
 def test_failures_only(serve, tmp_path):
   """Failure: a server that is down, or options that it does not take, are asked about for every row of the data; or a stretch of long
   prompts ends a call that could go on."""

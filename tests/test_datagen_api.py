@@ -406,7 +406,11 @@ def test_published(tmp_path):
     'cache_dir': str(tmp_path / 'cache'),
   }  # fmt: skip
   datagen.generate(datagen.resolve(found), str(tmp_path / 'mixed'))
-  assert {r['dataset'] for r in read(tmp_path / 'mixed')} == {'sets', 'sums'}
+  both = read(tmp_path / 'mixed')
+  assert len([r for r in both if r['dataset'] == 'sets']) == 3  # all that there is of each, once
+  own = {**found, 'data': {**found['data']['mixture']['sums'], 'cache_dir': str(tmp_path / 'cache')}}
+  datagen.generate(datagen.resolve(own), str(tmp_path / 'sums'))
+  assert [{k: v for k, v in r.items() if k != 'dataset'} for r in both if r['dataset'] == 'sums'] == read(tmp_path / 'sums')
 
 
 REFUSED = [

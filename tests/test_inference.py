@@ -268,6 +268,10 @@ def brute(samples, k, pick) -> float:
   return sum(pick(choice) for choice in choices) / len(choices)
 
 
+def logs(weights):
+  return [math.log(w) if w else -math.inf for w in weights]
+
+
 def test_best_and_weighted():
   """Failure: the best of k or a weighted vote is not the mean over all choices of k, ties are not shared, or equal weights are not a plain
   vote."""
@@ -290,12 +294,15 @@ def test_best_and_weighted():
 
     for k in range(1, n + 1):
       assert best_at_k(score, right, k) == pytest.approx(brute(range(n), k, best))
-      assert weighted_maj_at_k(groups, weight, right, k) == pytest.approx(brute(range(n), k, heaviest))
+      assert weighted_maj_at_k(groups, logs(weight), right, k) == pytest.approx(brute(range(n), k, heaviest))
       poll = tuple((groups.count(g), value[g]) for g in sorted({*groups} - {None}))
-      assert weighted_maj_at_k(groups, [0.1] * n, right, k) == pytest.approx(maj_at_k(n, poll, k))
+      assert weighted_maj_at_k(groups, logs([0.1] * n), right, k) == pytest.approx(maj_at_k(n, poll, k))
+  # Long completions: weights that no float holds still compare, in every choice by themselves.
+  assert weighted_maj_at_k([0, 1], [-100.0, -900.0], [1.0, 1.0], 1) == 1.0
+  assert weighted_maj_at_k([0, 1, 1], [-2000.0, -2000.5, -2000.5], [0.0, 1.0, 1.0], 3) == 1.0
   many = [0] * 20 + [1] * 20
-  drawn = weighted_maj_at_k(many, [1.0] * 40, [1.0] * 20 + [0.0] * 20, 9)
-  assert drawn == pytest.approx(0.5, abs=0.02) and drawn == weighted_maj_at_k(many, [1.0] * 40, [1.0] * 20 + [0.0] * 20, 9)
+  drawn = weighted_maj_at_k(many, [0.0] * 40, [1.0] * 20 + [0.0] * 20, 9)
+  assert drawn == pytest.approx(0.5, abs=0.02) and drawn == weighted_maj_at_k(many, [0.0] * 40, [1.0] * 20 + [0.0] * 20, 9)
 
 
 def one(**options):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import shutil
 import sys
@@ -314,6 +315,8 @@ def test_the_full_recipe(tmp_path, monkeypatch):
   """Failure: configs/r1.py does not resolve, a stage reads another's output than it should, or its updates are not the paper's."""
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   general = write(tmp_path / 'general.jsonl', [row('a')])
+  for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_pairs'):
+    (tmp_path / name).mkdir()
   given = f'base=tests/fixtures/qwen2,student=tests/fixtures/llama,data={tmp_path},general={general}'
   chosen = config.read_file(f'configs/r1.py:{given}')['stages']
   found = {name: (kind, reads) for name, kind, reads, _ in pipeline.plan(chosen, str(tmp_path / 'run'))[1]}
@@ -330,6 +333,48 @@ def test_the_full_recipe(tmp_path, monkeypatch):
   assert updates == {'r1_zero': 8192, 'r1_zero_long': 2208, 'rl2': 1296, 'rl2_general': 400}
   cold = config.read_file(f'configs/r1.py:{given},cold_start={general},scale=0.01')['stages']
   assert list(pipeline.plan(cold, str(tmp_path / 'run'))[1][0]) == ['sft1', 'train', f'tests/fixtures/qwen2, {general}', 'to do']
+
+
+BOUGHT = {'data': {'task': 'arithmetic', 'train_size': 16}, 'generate': {
+  'source': 'api', 'keep': 'reasoning', 'size': 4, 'api': {'url': 'http://localhost:1/v1', 'model': 'm'},
+}}  # fmt: skip
+
+
+def test_bought_answers_stay(tmp_path, monkeypatch):
+  """Failure: a stage that is made anew buys its answers again, or a kill while it is completed makes that necessary."""
+  asked, state = [], {'left': 0, 'crash': False}
+
+  def buy(settings, folder, overwrite):
+    answers, rows = pathlib.Path(folder) / 'answers.jsonl', pathlib.Path(folder) / 'data.jsonl'
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    asked.append(not answers.exists())
+    answers.touch()
+    rows.write_text(json.dumps([settings['generate']['size'], state['left']]) + '\n')
+    if state['crash']:
+      raise KeyboardInterrupt
+    return {'evaluators': {}, 'not_asked': state['left']}
+
+  monkeypatch.setitem(stages.KINDS, 'generate', stages.KINDS['generate']._replace(run=buy))
+  workdir, bought = str(tmp_path / 'run'), lambda **keys: {'buy': {**BOUGHT, 'generate': {**BOUGHT['generate'], **keys}}}
+  pipeline.run_pipeline(bought(), workdir)
+  assert asked == [True]
+  changed = bought(size=5)
+  assert '--rerun=buy deletes them' in refused(pipeline.run_pipeline, changed, workdir)
+  pipeline.run_pipeline(changed, workdir, rerun=['buy'])
+  pipeline.run_pipeline(changed, workdir, overwrite=True)
+  assert asked == [True, False, False]
+  (tmp_path / 'run' / 'buy').rename(tmp_path / 'run' / '.buy.deleted')  # a kill in the middle of a removal
+  pipeline.run_pipeline(changed, workdir, rerun=['buy'])
+  assert asked == [True, False, False, False] and not (tmp_path / 'run' / '.buy.deleted').exists()
+  state['left'] = 3
+  pipeline.run_pipeline(bought(size=6), workdir, rerun=['buy'])
+  state |= {'left': 0, 'crash': True}  # what was left out is bought now, and a kill comes before that is entered
+  with pytest.raises(KeyboardInterrupt):
+    pipeline.run_pipeline(bought(size=6), workdir)
+  state['crash'] = False
+  assert words(bought(size=6), workdir) == {'buy': 'partly'}
+  pipeline.run_pipeline(bought(size=6), workdir)
+  assert words(bought(size=6), workdir) == {'buy': 'done'} and not any(asked[1:])
 
 
 def micro(cache: str, general: str) -> dict:

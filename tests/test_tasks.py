@@ -434,6 +434,16 @@ def test_answers_in_other_words():
 QUESTIONS = [{'prompt': f'What is {n} plus {n}?', 'answer': str(2 * n)} for n in range(400)]
 
 
+def test_no_test_split_of_a_single_file(tmp_path):
+  """Failure: of problems that are only asked, or only trained on, one in ten is silently left out."""
+  path = tmp_path / 'one.jsonl'
+  path.write_text(''.join(json.dumps({'prompt': f'{n}+1=', 'answer': str(n + 1)}) + '\n' for n in range(60)))
+  rows = TASKS['dataset'].rows
+  assert len(list(rows('train', 0, None, str(path)))) < 60 and len(list(rows('train', 0, None, str(path), test_share=0.0))) == 60
+  with pytest.raises(ConfigError, match="'data.options.test_share': 1.0 is not in"):
+    list(rows('train', 0, None, str(path), test_share=1.0))
+
+
 def test_single_file_is_split_by_hash(tmp_path):
   """Failure: rows are lost between the splits, stand in both, or move when the file grows."""
   path = write(tmp_path / 'all.jsonl', QUESTIONS)

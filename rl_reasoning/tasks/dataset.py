@@ -161,10 +161,12 @@ def is_single(path: str) -> bool:
   return pathlib.Path(path).expanduser().is_file()
 
 
-def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Mapping[str, str] | None = None) -> Iterator[dict]:
+def rows(
+  split: str, seed: int, size: int | None, path: str = '', *, columns: Mapping[str, str] | None = None, test_share: float = 0.1,
+) -> Iterator[dict]:  # fmt: skip
   """Rows of a split, in file order; `columns` renames {'name in the file': 'our name'}.
 
-  Of a single file, one problem in ten (by hash) is the test split. A training row whose prompt is in the test split is left out.
+  Of a single file, `test_share` of the problems (by hash) are the test split. A training row whose prompt is in the test split is left out.
   """
 
   def renamed(found: dict, place: str) -> dict:
@@ -172,4 +174,5 @@ def rows(split: str, seed: int, size: int | None, path: str = '', *, columns: Ma
     check_row(place, row)
     return row
 
-  yield from split_rows(split, size, path, files, renamed)
+  check(0 <= test_share < 1, f"config key 'data.options.test_share': {test_share} is not in [0, 1)")
+  yield from split_rows(split, size, path, files, renamed, share=test_share)

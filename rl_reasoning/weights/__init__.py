@@ -279,6 +279,10 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
+def has_tokenizer(path: str) -> bool:
+  return is_gguf(path) or any((pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES if name != 'generation_config.json')
+
+
 def save_tokenizer(name: str, folder: pathlib.Path) -> None:
   source, added = tokenizer.parts(name)
   if is_gguf(source):

@@ -102,7 +102,11 @@ def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path:
   check(not adapter, f'--adapter: {source} is no run of ours')
   arch, heads = weights.read_arch(source), weights.source_heads(source)
   shift = weights.score_shift(source) if 'scalar' in heads else 0.0
-  weights.save(weights.load(source, arch, heads=heads), arch, target, tokenizer_path or source, heads, shift, dtype)
+  if not tokenizer_path and weights.has_tokenizer(source):
+    tokenizer_path = source
+  weights.save(weights.load(source, arch, heads=heads), arch, target, tokenizer_path, heads, shift, dtype)
+  if not tokenizer_path:
+    print(f'{source} has no tokenizer, so {target} has none; --tokenizer names one')
 
 
 def command(argv: Sequence[str]) -> None:
