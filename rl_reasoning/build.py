@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -403,10 +402,16 @@ def check_lora(config: Config, objective, arch: Arch) -> None:
   start, ref = config.roles.policy.init, config.roles.ref.init
   check(bool(start), "config key 'lora.rank': roles.policy.init is empty: adapters of random weights have nothing to adapt")
   grown = arch.vocab_size > read_arch(start).vocab_size
-  check(not grown, "config key 'lora.rank': the embedding is not trained, and roles.policy.tokenizer adds tokens that it has no rows for")
+  check(
+    not grown,
+    "config key 'lora.rank': the embedding is not trained, and roles.policy.tokenizer adds tokens that it has no rows for",
+  )
   lora.table(model.weight_table(arch, objective.heads['policy']), config.lora)
   if objective.moving:
-    check(ref in ('', start), "config key 'roles.ref.init': with lora.rank a reference that moves is the policy's start and an adapter")
+    check(
+      ref in ('', start),
+      "config key 'roles.ref.init': with lora.rank a reference that moves is the policy's start and an adapter",
+    )
     ema = getattr(objective, 'ref_model_ema', None)
     check(ema is None, "config key 'objective.ref_model_ema': the mean of two adapters' factors is no mean of weights")
 
@@ -535,7 +540,8 @@ def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -
   if adapter:
     settings = from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
     check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
-    weights.save_adapter(checkpoint.restore_params(run, 'policy'), arch, settings, path, run_config(run, 'roles', 'policy', 'init'), (head,))
+    base, params = run_config(run, 'roles', 'policy', 'init'), checkpoint.restore_params(run, 'policy')
+    weights.save_adapter(params, arch, settings, path, base, (head,))
     return
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   tokenizer_path = None if tok == 'bytes' else tok
@@ -616,7 +622,9 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
   if config.roles.policy.init and (rows := read_arch(config.roles.policy.init).vocab_size) < arch.vocab_size:
-    print(f'roles.policy.tokenizer adds tokens: the embedding grows from {rows} to {arch.vocab_size} rows, new ones the mean of the old')
+    print(
+      f'roles.policy.tokenizer adds tokens: the embedding grows from {rows} to {arch.vocab_size} rows, new ones the mean of the old'
+    )
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   critic = config.roles.critic
   archs = {'policy': arch, 'ref': arch}

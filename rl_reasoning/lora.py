@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, 2106.09685): a second pytree beside weights that stay as they are.
 
-An adapter of a weight W [L, in..., out...] is two factors, A [L, in..., r] and B [L, r, out...]: the projection is W + alpha / r * A B. Joined
-with the weights they lie beside theirs, in the same stack, and `linear` finds them; merged, they are gone.
+An adapter of a weight W [L, in..., out...] is two factors, A [L, in..., r] and B [L, r, out...]: the projection is W + alpha / r * A B.
+Joined with the weights they lie beside theirs, in the same stack, and `linear` finds them; merged, they are gone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def adapts(stack: str, name: str, weight: Any, lora: Lora) -> bool:
 
 
 def table(weights: dict[str, Any], lora: Lora) -> dict[str, Any]:
-  """The adapters' rows of a weight table (model.weight_table). A scalar head is trained whole: it is new, or a row. Raises ConfigError where
-  no weight has a name that `targets` matches."""
+  """The adapters' rows of a weight table (model.weight_table). A scalar head is trained whole: it is new, or a row. Raises ConfigError
+  where no weight has a name that `targets` matches."""
   found: dict[str, Any] = {}
   for stack, own in weights.items():
     for name, w in own.items() if isinstance(own, dict) else ():

@@ -24,7 +24,6 @@ from etils import epath
 
 from rl_reasoning import (
   build,
-  checkpoint,
   config as config_lib,
   data,
   data_settings,
@@ -34,7 +33,6 @@ from rl_reasoning import (
   filters,
   inference,
   train,
-  weights,
 )
 from rl_reasoning.config import check, coerce, flatten, to_dict
 

@@ -94,12 +94,15 @@ SETTINGS |= {
   'dpo': config.override(PAIRS, 'objective', {'name': 'dpo'}),
   **{name: config.override(PAIRS, 'objective', {'name': name}) for name in ('simpo', 'orpo', 'cpl')},
   'online_dpo': config.override(config.override(GRPO, 'objective', {'name': 'online_dpo'}), 'data.batch_size', 8),
-  'distill': config.merge(SHARED, {
-    'data': {'batch_size': 8, 'max_prompt_length': 32, 'max_length': 64},
-    'objective': {'name': 'distill', 'num_generations': 4, 'on_policy_fraction': 0.5},
-    'rollout': {'max_completion_length': 16},
-    'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
-  }),
+  'distill': config.merge(
+    SHARED,
+    {
+      'data': {'batch_size': 8, 'max_prompt_length': 32, 'max_length': 64},
+      'objective': {'name': 'distill', 'num_generations': 4, 'on_policy_fraction': 0.5},
+      'rollout': {'max_completion_length': 16},
+      'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
+    },
+  ),
 }
 SETTINGS['sft, adapters'] = config.merge(SFT, {
   'roles': {'policy': SETTINGS['distill']['roles']['teacher']}, 'lora': {'rank': 2},
@@ -794,4 +797,6 @@ def test_added_tokens_grow_the_embedding(tmp_path, capsys):
   })  # fmt: skip
   resolve(with_ref)
   assert "'lora.rank': the embedding is not trained" in refusal(resolve, {**shared, 'lora': {'rank': 2}})
-  assert "'roles.policy.tokenizer': 'bytes + <x>'" in refusal(resolve, config.override(shared, 'roles.policy.tokenizer', 'bytes + <x>'))
+  assert "'roles.policy.tokenizer': 'bytes + <x>'" in refusal(
+    resolve, config.override(shared, 'roles.policy.tokenizer', 'bytes + <x>')
+  )

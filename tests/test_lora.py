@@ -37,7 +37,9 @@ def test_an_adapter_is_a_sum(name):
   assert np.abs(beside - golden).max() > 0.1
   prompts = [row[:5].tolist() for row in tokens[:2]]
   sampled = [
-    rollout.generate(params, arch, prompts, settings=config.Rollout(max_completion_length=8), group=2, end_ids=(0,), key=jax.random.key(0))
+    rollout.generate(
+      params, arch, prompts, settings=config.Rollout(max_completion_length=8), group=2, end_ids=(0,), key=jax.random.key(0)
+    )
     for params in (joined, lora.merge(joined), base)
   ]
   np.testing.assert_array_equal(sampled[0].tokens_NC, sampled[1].tokens_NC)
@@ -121,7 +123,7 @@ def test_every_objective(objective, cache, start, tmp_path):
     rows = data.open_train(job.config.data, job.config.seed)
     state = job.init()
     state = state.replace(cursor={**rows.first(), **state.cursor})
-    params, others = job.weights(state)
+    _, others = job.weights(state)
     before = int(checkpoint.fingerprint(state.frozen['base']))
     if objective in ('grpo', 'dpo'):
       assert others['ref'] is state.frozen['base'] and 'ref' not in state.frozen
@@ -176,7 +178,9 @@ def test_resume_is_bit_for_bit(kind, cache, start, tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def tuned(cache, start, tmp_path_factory):
   folder = tmp_path_factory.mktemp('tuned')
-  chosen = adapted('sft', cache, start, total_steps=40, log_every=1, optim__learning_rate=1e-2, data__options={'styles': {'direct': 1.0}})
+  chosen = adapted(
+    'sft', cache, start, total_steps=40, log_every=1, optim__learning_rate=1e-2, data__options={'styles': {'direct': 1.0}}
+  )
   run(chosen, folder / 'run')
   return str(folder / 'run')
 
@@ -209,7 +213,7 @@ def test_a_run_with_adapters_is_a_start(cache, start, tuned, tmp_path):
   text = frozen.read_text()
   try:
     frozen.write_text(json.dumps({'base': 1}))
-    with pytest.raises(ConfigError, match='holds adapters of .*, whose weights are not those of then'), jax.set_mesh(job.mesh):
+    with pytest.raises(ConfigError, match=r'holds adapters of .*, whose weights are not those of then'), jax.set_mesh(job.mesh):
       build.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
   finally:
     frozen.write_text(text)

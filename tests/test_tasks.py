@@ -440,7 +440,7 @@ def test_no_test_split_of_a_single_file(tmp_path):
   path.write_text(''.join(json.dumps({'prompt': f'{n}+1=', 'answer': str(n + 1)}) + '\n' for n in range(60)))
   rows = TASKS['dataset'].rows
   assert len(list(rows('train', 0, None, str(path)))) < 60 and len(list(rows('train', 0, None, str(path), test_share=0.0))) == 60
-  with pytest.raises(ConfigError, match="'data.options.test_share': 1.0 is not in"):
+  with pytest.raises(ConfigError, match=r"'data\.options\.test_share': 1\.0 is not in"):
     list(rows('train', 0, None, str(path), test_share=1.0))
 
 

@@ -342,7 +342,9 @@ def permuted(x, heads):
   return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=(), theta=500.0, head_dim=None):
+def write_gguf(
+  path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=(), theta=500.0, head_dim=None,
+):  # fmt: skip
   """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and a few merges."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(2)
@@ -418,7 +420,12 @@ def half(x):
 
 def q4_k(rng):
   """(144 bytes, the 256 numbers that they are) by llama.cpp's ggml-quants.c."""
-  d, least, packed, qs = np.float16(0.01), np.float16(0.02), rng.integers(0, 256, 12, np.uint8), rng.integers(0, 256, 128, np.uint8)
+  d, least, packed, qs = (
+    np.float16(0.01),
+    np.float16(0.02),
+    rng.integers(0, 256, 12, np.uint8),
+    rng.integers(0, 256, 128, np.uint8),
+  )
   q, y = packed.astype(int), []
   for j in range(8):
     scale, low = (q[j] & 63, q[j + 4] & 63) if j < 4 else (
@@ -451,7 +458,9 @@ def quantised(kind, shape, rng):
   return stored, gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])
 
 
-@pytest.mark.parametrize('kind, error', [('F32', 0), ('F16', 2e-3), ('Q8_0', 0.03), ('Q4_0', 0.5), ('Q4_1', 0.4), ('Q4_K', None), ('Q6_K', None)])
+@pytest.mark.parametrize('kind, error', [
+  ('F32', 0), ('F16', 2e-3), ('Q8_0', 0.03), ('Q4_0', 0.5), ('Q4_1', 0.4), ('Q4_K', None), ('Q6_K', None),
+])  # fmt: skip
 def test_quantised_gguf(kind, error, tmp_path):
   """Failure: a quantisation is read as another, or its rows are mixed up when heads are put in order."""
   rng, D, heads, types = np.random.default_rng(0), 256, 4, gguf.GGMLQuantizationType
@@ -461,7 +470,8 @@ def test_quantised_gguf(kind, error, tmp_path):
                      (writer.add_head_count, heads), (writer.add_head_count_kv, heads), (writer.add_layer_norm_rms_eps, 1e-5)):  # fmt: skip
     add(value)
   numbers = {}
-  for name in ('token_embd', *(f'blk.0.{part}' for part in ('attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down'))):
+  parts = ('attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down')
+  for name in ('token_embd', *(f'blk.0.{part}' for part in parts)):
     stored, numbers[name] = quantised(kind, (D, D), rng)
     writer.add_tensor(f'{name}.weight', stored, raw_dtype=types[kind])
   for name in ('output_norm', 'blk.0.attn_norm', 'blk.0.ffn_norm'):

@@ -144,7 +144,8 @@ GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': T
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 GGUF_BLOCK = {
   'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
+  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
 }  # fmt: skip
 
@@ -165,7 +166,9 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    if heads:  # of llama alone: rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
+    if (
+      heads
+    ):  # of llama alone: rows of a head lie as the pairs that RoPE turns, 0, H/2, 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x[at]
 
@@ -280,7 +283,9 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
 
 
 def has_tokenizer(path: str) -> bool:
-  return is_gguf(path) or any((pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES if name != 'generation_config.json')
+  return is_gguf(path) or any(
+    (pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES if name != 'generation_config.json'
+  )
 
 
 def save_tokenizer(name: str, folder: pathlib.Path) -> None:
@@ -441,7 +446,9 @@ def save_adapter(adapter: PyTree, arch: Arch, settings: Lora, path: str, base: s
   """Writes the folder of an adapter that peft loads beside the model `base`; all of it or nothing. Raises ConfigError for a family whose
   projections are fused in transformers: there an adapter of a part is none of the whole."""
   family = families.family_of(arch)
-  check(not fused_parts(arch), f'{path}: {family} has q, k and v in one matrix, so adapters of each are not its adapters: merge them')
+  check(
+    not fused_parts(arch), f'{path}: {family} has q, k and v in one matrix, so adapters of each are not its adapters: merge them'
+  )
   table = lora.table(model.weight_table(arch, heads), settings)
   _, theirs = families.rename(family)
   rows = jax.tree.leaves({stack: own for stack, own in table.items() if stack != 'score'}, is_leaf=model.is_weight)
