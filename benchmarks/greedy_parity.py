@@ -13,9 +13,9 @@ import pathlib
 
 PROMPTS = (
   'The capital of France is', 'Once upon a time', 'def fibonacci(n):', 'Water boils at', 'The quick brown fox', '2 + 2 =',
-  'In 1969, people', 'To make bread, you need', 'The opposite of hot is', 'My favourite season is', 'A prime number is', 'The sun rises in the',
-  'import numpy as np\n', 'Roses are red,', 'The largest planet is', 'He opened the door and', 'Dear Sir or Madam,', 'The meaning of life',
-  'SELECT name FROM', 'Question: what is 7 times 8?\nAnswer:',
+  'In 1969, people', 'To make bread, you need', 'The opposite of hot is', 'My favourite season is', 'A prime number is',
+  'The sun rises in the', 'import numpy as np\n', 'Roses are red,', 'The largest planet is', 'He opened the door and',
+  'Dear Sir or Madam,', 'The meaning of life', 'SELECT name FROM', 'Question: what is 7 times 8?\nAnswer:',
 )  # fmt: skip
 TOKENS = 64
 
