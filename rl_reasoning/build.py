@@ -314,7 +314,9 @@ def inert(config: Config, objective, arch: Arch) -> dict[str, str]:
   if not (rl and arch.num_experts):
     drop('optim.router_replay', 'the policy has no experts' if rl else 'nothing is learned from what the policy samples')
   if arch.scoring_func != 'sigmoid' or config.lora.rank:
-    drop('optim.router_bias_rate', 'the weights themselves are frozen' if config.lora.rank else 'no router of the policy has a bias')
+    drop(
+      'optim.router_bias_rate', 'the weights themselves are frozen' if config.lora.rank else 'no router of the policy has a bias'
+    )
   if not config.lora.rank:
     drop('lora', 'lora.rank is 0')
     dead.pop('lora.rank')

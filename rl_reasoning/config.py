@@ -192,8 +192,12 @@ class Optim:
   grad_clip: float = 1.0  # global norm; 0: off
   micro_batch: int = 0  # rows a micro-batch over all devices; 0: the whole batch at once
   frozen_layers: int = 0  # the first layers, and the embedding below them, stay as they are
-  router_replay: bool = False  # of mixtures of experts: the update sends every token to the experts that the sampler chose (2510.11370)
-  router_bias_rate: float = 0.0  # what an update adds to the bias of an expert with too few tokens, or takes from it (DeepSeek-V3: 0.001)
+  router_replay: bool = (
+    False  # of mixtures of experts: the update sends every token to the experts that the sampler chose (2510.11370)
+  )
+  router_bias_rate: float = (
+    0.0  # what an update adds to the bias of an expert with too few tokens, or takes from it (DeepSeek-V3: 0.001)
+  )
   cache_features: bool = False  # what frozen layers give of rows from data is computed once and kept in memory
 
 

@@ -33,6 +33,9 @@ class Routing(NamedTuple):
   counts: Array | None = None  # [...], 1 where a token counts to the load, else 0
 
 
+UNTOLD = Routing()
+
+
 class Routed(NamedTuple):
   """Which experts a token goes to."""
 
@@ -89,8 +92,8 @@ PROJECTIONS = ('experts_gate', 'experts_up', 'experts_down')
 
 
 def through(arch: Arch, w: Sequence[Array], x: Array, routed: Routed) -> Array:
-  """Every token of x [..., D] through those of its experts that are among the E of `w` (gate, up and down, [E, ...]): rows sorted by expert,
-  one grouped matmul for all of them. Other numbers than 0 to E - 1 stand for experts elsewhere, and add nothing."""
+  """Every token of x [..., D] through those of its experts that are among the E of `w` (gate, up and down, [E, ...]): rows sorted by
+  expert, one grouped matmul for all of them. Other numbers than 0 to E - 1 stand for experts elsewhere, and add nothing."""
   (*front, D), k, E = x.shape, arch.num_experts_per_tok, w[0].shape[0]
   rows, expert = x.reshape(-1, D), routed.chosen.reshape(-1)
   here = (expert >= 0) & (expert < E)
@@ -123,7 +126,7 @@ def grouped(arch: Arch, w: dict[str, Array], x: Array, routed: Routed) -> Array:
   return sharded(x, routed.chosen, routed.weights, *own)
 
 
-def mlp(arch: Arch, w: dict[str, Array], x: Array, routing: Routing = Routing()) -> tuple[Array, Array | None]:
+def mlp(arch: Arch, w: dict[str, Array], x: Array, routing: Routing = UNTOLD) -> tuple[Array, Array | None]:
   """(what the sublayer adds, the experts chosen [..., k] int32 or None)."""
   if 'router' not in w:
     return dense(arch, w, x), None

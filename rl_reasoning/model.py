@@ -186,7 +186,7 @@ def block(
   turn: rope.Angles,
   attend: Callable,
   absorbed: bool = False,
-  routing: experts.Routing = experts.Routing(),
+  routing: experts.Routing = experts.UNTOLD,
 ) -> tuple[Array, Any, Array | None]:
   """(x after one layer, what `attend` kept, the experts chosen). `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants
   back (a cache, or None). See attention.latent_attention for `absorbed`."""
@@ -319,7 +319,14 @@ CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
 
 
 def hidden_states(
-  params: PyTree, arch: Arch, batch: Batch, *, dtype: str = 'float32', remat: str = 'none', frozen_layers: int = 0, replays: bool = False
+  params: PyTree,
+  arch: Arch,
+  batch: Batch,
+  *,
+  dtype: str = 'float32',
+  remat: str = 'none',
+  frozen_layers: int = 0,
+  replays: bool = False,
 ) -> Array:
   """`forward` of a batch, from its `extras['features']` where it has them; `replays`: with the experts `extras['chosen']`, where it has
   them."""

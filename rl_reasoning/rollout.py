@@ -251,7 +251,8 @@ def generate(
   """`group` completions of each prompt, as numpy arrays; row n belongs to prompt n // group.
 
   `prompt_ids` (default: 0, 1, ...) with `key` fix the random numbers: a prompt keeps its tokens in whatever batch it sits. `u_BGC` are
-  numbers in the place of those. `records`: also the experts of every token. Raises ValueError for an empty prompt, and where the prompts do not divide over the mesh.
+  numbers in the place of those. `records`: also the experts of every token. Raises ValueError for an empty prompt, and where the prompts
+  do not divide over the mesh.
   """
   B, C = len(prompts), settings.max_completion_length
   states = decoding(
