@@ -379,8 +379,8 @@ def test_bought_answers_stay(tmp_path, monkeypatch):
 
 def micro(cache: str, general: str) -> dict:
   """All kinds of stages, as small as they get: a base of two tasks and two languages, a reward model, RL by both rules and that model, its
-  samples filtered and joined with other rows, SFT of the base on them, an export, evaluations of a run and of the export, and a student of a
-  converted set. Sizes are such that stages share their compiled programs."""
+  samples filtered and joined with other rows, SFT of the base on them, an export, a student of a converted set, and evaluations of a run
+  and of the export. Sizes are such that stages share their compiled programs."""
   sums = {'task': 'arithmetic', 'train_size': 256}
   rollout = {'max_completion_length': 24, 'chunk': 24}
   rewards = {'functions': ('accuracy', 'format_tags'), 'weights': (1.0, 0.2)}
