@@ -315,7 +315,7 @@ def test_the_full_recipe(tmp_path, monkeypatch):
   """Failure: configs/r1.py does not resolve, a stage reads another's output than it should, or its updates are not the paper's."""
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   general = write(tmp_path / 'general.jsonl', [row('a')])
-  for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_pairs'):
+  for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_labels'):
     (tmp_path / name).mkdir()
   given = f'base=tests/fixtures/qwen2,student=tests/fixtures/llama,data={tmp_path},general={general}'
   chosen = config.read_file(f'configs/r1.py:{given}')['stages']
