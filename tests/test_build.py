@@ -627,7 +627,7 @@ def test_configs(monkeypatch):
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
-  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', *given):
+  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', 'lora_nano', *given):
     pipeline.check_stages(config.read_file(f'configs/{file}.py:{given.get(file, "seed=0")}')['stages'], '/no/such')
 
 
