@@ -10,7 +10,7 @@ Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
   sampled     4 samples each on 300 other training questions; those that are right and in the format stay
   kept        of these what does not loop, each text once
   again       SFT goes on with them
-  again_eval, again_curve   the same as above
+  again_eval  the same as sft_eval
 """
 
 
@@ -86,6 +86,5 @@ def get_config(
       }},
       'again': sft('{workdir}/sft', {'task': 'dataset', 'path': '{workdir}/kept/data.jsonl'}, 12, 5e-5),
       'again_eval': greedy('again'),
-      'again_curve': curve('again'),
     }
   }  # fmt: skip

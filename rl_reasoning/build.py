@@ -449,7 +449,10 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     )
     check(c.train_size >= 0, f"config key 'data.pretrain.train_size': {c.train_size} must not be negative")
   frozen, layers = config.optim.frozen_layers, arch.num_hidden_layers
-  check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train")
+  check(
+    frozen < layers or bool(config.lora.rank),
+    f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train",
+  )
   if config.data.curriculum != 'none':
     measured = reads_rewards(objective) and 'accuracy' in config.rewards.functions
     check(
@@ -528,7 +531,10 @@ def restore_policy(run: str, arch: Arch, mesh: Mesh) -> PyTree:
   scalar = ('scalar',) if 'score' in names else ()
   start, heads = config['roles']['policy']['init'], tuple(head for head in heads_in(run) if head != 'scalar')
   base = {name: w for name, w in load_params(start, arch, jax.random.key(0), mesh, heads + scalar).items() if name != 'score'}
-  trained_on = json.loads((pathlib.Path(run) / 'frozen.json').read_text())['base']
+  try:
+    trained_on = json.loads((pathlib.Path(run) / 'frozen.json').read_text())['base']
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise ConfigError(f'{run}/frozen.json: {type(error).__name__}: {error}') from None
   check(int(checkpoint.fingerprint(base)) == trained_on, f'{run} holds adapters of {start}, whose weights are not those of then')
   shardings = table_shardings(mesh, lora.table(model.weight_table(arch, heads + scalar), settings))
   adapter = checkpoint.restore_params(run, 'policy', shardings=shardings)
@@ -542,8 +548,9 @@ def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -
   if adapter:
     settings = from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
     check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
+    check(not score_shift(run), f'{run}: its scores are shifted, which a folder of adapters cannot tell: merge them')
     base, params = run_config(run, 'roles', 'policy', 'init'), checkpoint.restore_params(run, 'policy')
-    weights.save_adapter(params, arch, settings, path, base, (head,))
+    weights.save_adapter(params, arch, settings, path, base, (head,), dtype)
     return
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   tokenizer_path = None if tok == 'bytes' else tok
@@ -583,6 +590,10 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
   if replaced:
     config = dataclasses.replace(config, roles=dataclasses.replace(roles, **replaced))
     keys_set = {key for key in keys_set if not key.startswith(('model.', 'roles.'))}
+  if 'policy' in replaced:  # what adapters adapt, and whether it has experts, is not there to be looked at
+    whole_mesh = dataclasses.replace(config.mesh, expert=1, data=-1)
+    config = dataclasses.replace(config, lora=Lora(), mesh=whole_mesh)
+    keys_set = {key for key in keys_set if not key.startswith(('lora.', 'optim.router_', 'mesh.'))}
   config, objective, _ = resolve(config, keys_set, absent)
   check_sizes(config, objective, make_mesh(config))
   optim.make(config.optim, 1)
@@ -620,6 +631,8 @@ def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tup
 def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
+  adapted = bool(config.lora.rank)
+  chosen = dataclasses.replace(config.optim, frozen_layers=0, cache_features=False) if adapted else config.optim
   mesh = make_mesh(config)
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
@@ -635,21 +648,21 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     size = archs['critic'].vocab_size
     check(tok.vocab_size <= size, f"config key 'roles.critic.init': {critic.init} has {size} embeddings, the policy's tokenizer "
           f'{tok.vocab_size} ids')  # fmt: skip
-    frozen, layers = config.optim.frozen_layers, archs['critic'].num_hidden_layers
+    frozen, layers = chosen.frozen_layers, archs['critic'].num_hidden_layers
     check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of the critic's {layers} layers leave none to train")
   teacher = config.roles.teacher
   if 'teacher' in objective.frozen:
     archs['teacher'] = read_arch(teacher.init).for_length(longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
-  peak = critic.learning_rate or config.optim.learning_rate
-  optimizer, schedule = optim.make(config.optim, updates)
-  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(config.optim, learning_rate=peak), updates)[0]}
+  peak = critic.learning_rate or chosen.learning_rate
+  optimizer, schedule = optim.make(chosen, updates)
+  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(chosen, learning_rate=peak), updates)[0]}
 
   def temperature(rows):
     rolled = rows.source_N == ROLLOUT
     return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
-  frozen_layers, replays = config.optim.frozen_layers, config.optim.router_replay and bool(arch.num_experts)
+  frozen_layers, replays = chosen.frozen_layers, config.optim.router_replay and bool(arch.num_experts)
   # What starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
   own_trunk = {'teacher'} | ({'ref'} if config.roles.ref.init not in ('', config.roles.policy.init) else set())
   nets = {
@@ -663,7 +676,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   }  # fmt: skip
   start = config.roles.policy.init
   inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start, 'teacher': teacher.init}
-  adapted, tables, shardings, opt_shardings = bool(config.lora.rank), {}, {}, {}
+  tables, shardings, opt_shardings = {}, {}, {}
   for role in objective.trainable:
     full = model.weight_table(archs[role], objective.heads[role])
     tables[role] = lora.table(full, config.lora) if adapted else full
@@ -720,7 +733,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     )
 
   features = None
-  if config.optim.cache_features:
+  if chosen.cache_features:
 
     def trunk(params, tokens, segment, position):
       return model.trunk(params, arch, tokens, segment, position, frozen_layers, config.model.dtype)

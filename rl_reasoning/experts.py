@@ -140,10 +140,11 @@ def mlp(arch: Arch, w: dict[str, Array], x: Array, routing: Routing = UNTOLD) ->
 def balance(load: Array) -> dict[str, Array]:
   """Metrics of the tokens [layers, E] that the experts got in an update, means over the layers. `max_violation` (2408.15664): how far the
   fullest expert is above the mean, as a share of it; `unused`: the share of experts without a token."""
-  mean = jnp.maximum(load.mean(axis=1), 1e-9)
+  known = load.sum(axis=1) > 0  # a frozen layer counts nothing
+  mean, layers = jnp.maximum(load.mean(axis=1), 1e-9), jnp.maximum(known.sum(), 1)
   return {
-    'router/max_violation': jnp.mean(load.max(axis=1) / mean - 1),
-    'router/unused': jnp.mean((load == 0).astype(jnp.float32)),
+    'router/max_violation': jnp.sum(known * (load.max(axis=1) / mean - 1)) / layers,
+    'router/unused': jnp.sum(known * (load == 0).mean(axis=1)) / layers,
   }
 
 

@@ -69,7 +69,9 @@ def load_gguf_tokenizer(path: str):
   merges = [tuple(merge.split(' ')) for merge in metadata(path, 'tokenizer.ggml.merges')]
   check(len(types) == len(tokens), f'{path}: {len(types)} values of tokenizer.ggml.token_type for {len(tokens)} tokens')
   try:
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    ids = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a word that is a token as it is, whatever the merges come to.
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=pre == 'llama-bpe'))
   except Exception as error:  # tokenizers raises plain Exception: a merge of tokens that are not there
     raise ConfigError(f'{path}: tokenizer.ggml.merges: {error}') from None
   inner.pre_tokenizer, inner.decoder = known[pre], tokenizers.decoders.ByteLevel()

@@ -52,7 +52,9 @@ def table(weights: dict[str, Any], lora: Lora) -> dict[str, Any]:
           shape=(w.shape[0], lora.rank, *w.shape[inputs:]), axes=('layer', None, *w.axes[inputs:]), scale=0, fan_in=1,
           hf=hf + '.lora_B.weight',
         )  # fmt: skip
-  names = [f'{stack}/{name}' for stack, own in weights.items() if isinstance(own, dict) for name, w in own.items() if w.fan_in]
+  every = Lora(rank=1)
+  names = [f'{stack}/{name}' for stack, own in weights.items() if isinstance(own, dict) for name, w in own.items()
+           if adapts(stack, name, w, every)]  # fmt: skip
   check(bool(found), f"config key 'lora.targets': {lora.targets!r} matches none of {', '.join(names)}")
   return {**found, **({'score': weights['score']} if 'score' in weights else {})}
 
@@ -74,5 +76,21 @@ def merged_layer(w: dict[str, Array]) -> dict[str, Array]:
 
 
 def merge(joined: PyTree) -> PyTree:
-  """What `join` gives, as plain weights."""
-  return {name: jax.vmap(merged_layer)(own) if isinstance(own, dict) else own for name, own in joined.items()}
+  """What `join` gives, as plain weights: the same bits on every mesh, since others may be trained beside them and know them by their
+  fingerprint. So the products are added one after the other; how a matmul adds them up depends on its shape."""
+
+  def add(x: Array, a: Array, b: Array) -> Array:
+    inputs, outputs = a.ndim - 2, b.ndim - 2  # a [L, in..., r], b [L, r, out...]
+
+    def one(i, x):
+      left, right = jnp.take(a, i, axis=-1), jnp.take(b, i, axis=1)
+      left = left.reshape(*left.shape, *(1,) * outputs)
+      return x + left * right.reshape(right.shape[0], *(1,) * inputs, *right.shape[1:])
+
+    return jax.lax.fori_loop(0, b.shape[1], one, x)
+
+  def merged(own: dict[str, Array]) -> dict[str, Array]:
+    kept = {name: x for name, x in own.items() if not name.endswith((A, B))}
+    return {name: add(x, own[name + A], own[name + B]) if name + A in own else x for name, x in kept.items()}
+
+  return {name: merged(own) if isinstance(own, dict) else own for name, own in joined.items()}

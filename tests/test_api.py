@@ -448,7 +448,13 @@ def test_replies_of_odd_shapes(serve, tmp_path, monkeypatch):
   path = tmp_path / 'a'
   server = serve(reply)
   found, _ = run(
-    server, path, [request('usage'), request('list'), request('deep')], api_key_env='SOME_KEY', attempts=2, backoff=0
+    server,
+    path,
+    [request('usage'), request('list'), request('deep')],
+    api_key_env='SOME_KEY',
+    attempts=2,
+    backoff=0,
+    concurrency=1,
   )
   assert (
     found[0].texts == ('good',) and 'no chat completion (TypeError' in found[1].reason and 'RecursionError' in found[2].reason

@@ -632,7 +632,7 @@ def test_configs(monkeypatch):
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
-  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', *given):
+  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', 'lora_nano', *given):
     pipeline.check_stages(config.read_file(f'configs/{file}.py:{given.get(file, "seed=0")}')['stages'], '/no/such')
 
 
@@ -660,7 +660,7 @@ def test_explain():
   sizes = [np.prod(w.shape) for w in jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)]
   assert got == {
     'config': config.to_dict(resolved), 'hash': config.digest(config.to_dict(resolved)), 'devices': 8, 'parameters': sum(sizes),
-    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective),
+    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective, arch),
     'formula': objective.formula(),
   }  # fmt: skip
   assert {'objective.kl_estimator', 'data.max_length', 'eval.size', 'roles.ref.init'} <= got['inert_defaults'].keys()

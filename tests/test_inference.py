@@ -333,7 +333,9 @@ def test_points():
   assert right(method='best_of_n', by='oracle') == pytest.approx([0.25, 1.0])
   assert right(method='best_of_n', by='rm') == pytest.approx([0.25, 0.0])
   sigmoid = 1 / (1 + math.exp(1))
-  assert one(method='weighted_vote', by='rm').weights(samples)[:3] == pytest.approx([sigmoid, 1 / (1 + math.exp(-2)), 0.0])
+  assert np.exp(one(method='weighted_vote', by='rm').log_weights(samples)[:3]) == pytest.approx(
+    [sigmoid, 1 / (1 + math.exp(-2)), 0.0]
+  )
   assert right(method='weighted_vote', by='rm') == pytest.approx([0.25, 0.0])
   assert right(method='weighted_vote', by='likelihood') == pytest.approx([0.25, 0.0])
   assert right(method='weighted_vote', by='likelihood_per_token') == pytest.approx([0.25, 1.0])  # e^-.5 against e^-1 + e^-1.5

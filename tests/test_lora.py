@@ -103,7 +103,7 @@ def adapted(objective, cache, start, **keys):
 
 EACH = {
   'sft': {},
-  'grpo': {'objective__beta': 0.1, 'data__batch_size': 4},
+  'grpo': {'objective__beta': 0.1, 'data__batch_size': 8},
   'ppo': {'data__batch_size': 8},
   'reward_model': {},
   'dpo': {},
@@ -151,7 +151,7 @@ def test_resume_is_bit_for_bit(kind, cache, start, tmp_path, monkeypatch):
   """Failure: something of a run with adapters is neither in its checkpoint nor in what it reloads."""
   chosen = adapted('grpo', cache, start, objective__num_minibatches=2, objective__beta=0.1, objective__ref_model_sync_updates=6)
   if kind != 'moving reference':
-    chosen = adapted('ppo', cache, start, data__batch_size=16, rewards={'functions': ('judge',)})
+    chosen = adapted('ppo', cache, start, data__batch_size=16, rewards={'functions': ('judge',), 'weights': (1.0,)})
     chosen = config.override(chosen, 'roles.reward', {'judge': {'init': make_judge(cache, tmp_path)}})
     chosen = config.override(chosen, 'roles.critic', {'init': str(tmp_path / 'judge')})
   run(chosen, tmp_path / 'whole')
@@ -204,6 +204,9 @@ def test_a_run_with_adapters_is_a_start(cache, start, tuned, tmp_path):
     expected = jax.device_get(lora.merge(job.weights(trained)[0]))
     got = build.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(got), expected)
+  meshes = [sharding.make_mesh(1, 1, 1, jax.devices()[:1]), sharding.make_mesh(1, 2, 4)]
+  elsewhere = {int(checkpoint.fingerprint(build.load_params(tuned, job.arch, jax.random.key(0), mesh))) for mesh in meshes}
+  assert elsewhere == {int(checkpoint.fingerprint(got))}  # else who adapts it once more could not go on elsewhere
   tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
   assert np.abs(logits_of(got, job.arch, tokens) - logits_of(job.weights(state)[0], job.arch, tokens)).max() > 0.1
   build.export(tuned, str(tmp_path / 'merged'))

@@ -315,7 +315,7 @@ def test_the_full_recipe(tmp_path, monkeypatch):
   """Failure: configs/r1.py does not resolve, a stage reads another's output than it should, or its updates are not the paper's."""
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   general = write(tmp_path / 'general.jsonl', [row('a')])
-  for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_pairs'):
+  for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_labels'):
     (tmp_path / name).mkdir()
   given = f'base=tests/fixtures/qwen2,student=tests/fixtures/llama,data={tmp_path},general={general}'
   chosen = config.read_file(f'configs/r1.py:{given}')['stages']
@@ -379,8 +379,8 @@ def test_bought_answers_stay(tmp_path, monkeypatch):
 
 def micro(cache: str, general: str) -> dict:
   """All kinds of stages, as small as they get: a base of two tasks and two languages, a reward model, RL by both rules and that model, its
-  samples filtered and joined with other rows, SFT of the base on them, an export, and evaluations of a run and of the export. Sizes are
-  such that stages share their compiled programs."""
+  samples filtered and joined with other rows, SFT of the base on them, an export, a student of a converted set, and evaluations of a run
+  and of the export. Sizes are such that stages share their compiled programs."""
   sums = {'task': 'arithmetic', 'train_size': 256}
   rollout = {'max_completion_length': 24, 'chunk': 24}
   rewards = {'functions': ('accuracy', 'format_tags'), 'weights': (1.0, 0.2)}
@@ -422,11 +422,20 @@ def micro(cache: str, general: str) -> dict:
       'rollout': rollout, 'rewards': rewards, 'generate': {'keep': 'best', 'size': 24, 'num_samples': 4, 'batch_size': 8},
     },
     'joined': {'filter': {
-      'inputs': {'sampled': '{workdir}/sample/data.jsonl', 'general': general}, 'steps': ({'name': 'duplicates'},), 'sizes': {'general': 8},
+      'inputs': {'sampled': '{workdir}/sample/data.jsonl', 'general': general}, 'sizes': {'general': 8},
+      'steps': ({'name': 'length', 'max_characters': 400}, {'name': 'repetition', 'most': 0.9}, {'name': 'duplicates'}),
     }},
     'tuned': {
       **sft, **base, 'total_steps': 4, 'checkpoint': {'every': 2},
       'data': {'task': 'dataset', 'path': '{workdir}/joined/data.jsonl', 'batch_size': 16, 'max_length': 64, 'cache_dir': cache},
+    },
+    'published': {
+      'data': {'task': 'arithmetic', 'train_size': 256, 'cache_dir': cache},
+      'generate': {'source': 'published', 'keep': 'reasoning', 'size': 64},
+    },
+    'student': {
+      **sft, 'total_steps': 4, 'model': {'preset': 'tiny'}, 'checkpoint': {'every': 2},
+      'data': {'task': 'dataset', 'path': '{workdir}/published/data.jsonl', 'batch_size': 16, 'max_length': 64, 'cache_dir': cache},
     },
     'measured': {**measured, 'evaluate': {'checkpoint': '{workdir}/tuned'}},
     'exported': {'export': {'checkpoint': '{workdir}/tuned'}},
@@ -460,14 +469,14 @@ def outcome(workdir) -> dict:
   }
   return {
     'entries': timeless(entries), 'summary': timeless(json.loads((workdir / 'summary.json').read_text())),
-    'samples': samples, 'rows': {name: (workdir / name / 'data.jsonl').read_bytes() for name in ('sample', 'joined')},
+    'samples': samples, 'rows': {name: (workdir / name / 'data.jsonl').read_bytes() for name in ('sample', 'joined', 'published')},
     'weights': (workdir / 'exported' / 'model.safetensors').read_bytes(),
     'left': sorted(path.name for path in workdir.iterdir()),
   }  # fmt: skip
 
 
 def assert_same_chain(a, b) -> None:
-  for name in ('base', 'rm', 'rl', 'tuned'):
+  for name in ('base', 'rm', 'rl', 'tuned', 'student'):
     assert_same(*({'evaluations': [], **everything(w / name)} for w in (a, b)))
   assert outcome(a) == outcome(b)
 

@@ -242,6 +242,7 @@ def test_added_tokens(tmp_path):
   ids = more.encode(text)
   assert more.decode(ids) == text and more.vocab_size == plain.vocab_size + 2
   assert [ids.count(plain.vocab_size + i) for i in (0, 1)] == [1, 1] and more.encode('he he') == plain.encode('he he')
+  (tmp_path / 'saved').mkdir()
   weights.save_tokenizer(f'{folder} + <think> </think>', (tmp_path / 'saved').absolute())
   assert load(str(tmp_path / 'saved')).encode(text) == ids
   with pytest.raises(ValueError, match="'bytes' takes no further tokens"):

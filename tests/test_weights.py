@@ -526,8 +526,8 @@ def test_gguf_tokenizer(tmp_path, llama):
   for text in ('hello world', '  two  spaces\n\tand 1234.5', 'naïve 你好 🙂', '<|user|>hi<|end|>\n'):
     assert tokenizer.decode(tokenizer.encode(text)) == text
   assert tokenizer.decode(tokenizer.encode('hello<tool><|end|>'), skip_special_tokens=True) == 'hello<tool>'
-  with pytest.raises(ConfigError, match=r"pre\.gguf: pre-tokenizer 'llama-bpe' is none of smollm"):
-    load_gguf_tokenizer(write_gguf(tmp_path / 'pre.gguf', llama, pre='llama-bpe'))
+  with pytest.raises(ConfigError, match=r"pre\.gguf: pre-tokenizer 'refact' is none of smollm"):
+    load_gguf_tokenizer(write_gguf(tmp_path / 'pre.gguf', llama, pre='refact'))
   with pytest.raises(ConfigError, match=r"kind\.gguf: tokenizer model 'llama'"):
     load_gguf_tokenizer(write_gguf(tmp_path / 'kind.gguf', llama, kind='llama'))
 

@@ -442,7 +442,9 @@ def new_folder(path: str) -> Iterator[pathlib.Path]:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def save_adapter(adapter: PyTree, arch: Arch, settings: Lora, path: str, base: str, heads: tuple[str, ...] = ('lm',)) -> None:
+def save_adapter(
+  adapter: PyTree, arch: Arch, settings: Lora, path: str, base: str, heads: tuple[str, ...] = ('lm',), dtype: str = 'float32'
+) -> None:
   """Writes the folder of an adapter that peft loads beside the model `base`; all of it or nothing. Raises ConfigError for a family whose
   projections are fused in transformers: there an adapter of a part is none of the whole."""
   family = families.family_of(arch)
@@ -460,6 +462,6 @@ def save_adapter(adapter: PyTree, arch: Arch, settings: Lora, path: str, base: s
   }  # fmt: skip
   with new_folder(path) as part:
     (part / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n')
-    tensors = ((f'base_model.model.{name}', x) for name, x in published(adapter, table, arch))
+    tensors = ((f'base_model.model.{name}', x) for name, x in published(adapter, table, arch, dtype))
     write_tensors(tensors, part, sys.maxsize)
     (part / 'model.safetensors').rename(part / 'adapter_model.safetensors')

@@ -104,6 +104,9 @@ def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path:
   shift = weights.score_shift(source) if 'scalar' in heads else 0.0
   if not tokenizer_path and weights.has_tokenizer(source):
     tokenizer_path = source
+  if tokenizer_path:
+    size = build.open_tokenizer('--tokenizer', tokenizer_path).vocab_size
+    check(size <= arch.vocab_size, f'the tokenizer {tokenizer_path} has {size} ids, {source} {arch.vocab_size} embeddings')
   weights.save(weights.load(source, arch, heads=heads), arch, target, tokenizer_path, heads, shift, dtype)
   if not tokenizer_path:
     print(f'{source} has no tokenizer, so {target} has none; --tokenizer names one')
