@@ -85,7 +85,7 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   )  # fmt: skip
   chosen = None
   if decoder.records:
-    prompts = jnp.moveaxis(kept.chosen, 0, 2)
+    prompts = jnp.moveaxis(jnp.asarray(kept.chosen), 0, 2)
     chosen = prompts, jnp.zeros((B, G, C, *prompts.shape[2:]), jnp.int32)
   return cache, Decoding(
     t=jnp.int32(1),
