@@ -144,7 +144,8 @@ class Checkpoint:
     sharding.check_rows('generate.batch_size', job.generate.batch_size, self.run.mesh)
     self.config = self.run.config
     fingerprint = int(checkpoint.fingerprint(self.params))
-    self.told, self.about = {'checkpoint': self.path, 'fingerprint': fingerprint}, {'fingerprint': fingerprint}
+    self.told = {'checkpoint': self.path, 'fingerprint': fingerprint}
+    self.about: dict[str, Any] = {'fingerprint': fingerprint}
     if self.frozen:
       self.about['frozen'] = {role: int(checkpoint.fingerprint(w)) for role, w in self.frozen.items()}
 
