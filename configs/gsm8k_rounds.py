@@ -2,7 +2,10 @@
 
 Weights and data as in configs/grpo_gsm8k.py.
 Command:  python -m rl_reasoning.pipeline --config=configs/gsm8k_rounds.py:weights=FILE.gguf,data=FOLDER --workdir=runs/gsm8k_rounds
-Hardware: 2 CPU cores. Checked by --plan, not run to its end yet: no numbers.
+Hardware: 2 CPU cores. Duration: 68 minutes beside other work.
+Measured, seed 0, 4-bit weights, 200 test questions greedy (95 %): accuracy .015 [.000, .035] before and after the round, in which
+8 of 1,200 samples are accepted; format .470 -> .755. 4 samples on 100: vote .016, by likelihood .040, verifier .060. See
+docs/results/gsm8k_rounds.json.
 
   sft         one pass over `chains` of GSM8K's training chains, in the format
   sft_eval    held-out accuracy, greedy
