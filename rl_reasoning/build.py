@@ -632,7 +632,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
   adapted = bool(config.lora.rank)
-  chosen = dataclasses.replace(config.optim, frozen_layers=0, cache_features=False) if adapted else config.optim
+  chosen = dataclasses.replace(config.optim, frozen_layers=0) if adapted else config.optim
   mesh = make_mesh(config)
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
@@ -733,7 +733,7 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     )
 
   features = None
-  if chosen.cache_features:
+  if config.optim.cache_features and not adapted:
 
     def trunk(params, tokens, segment, position):
       return model.trunk(params, arch, tokens, segment, position, frozen_layers, config.model.dtype)

@@ -181,7 +181,7 @@ def test_what_config_json_cannot_hold(settings, key):
     ({'optim': {'learning_rat': 1}}, "config key 'optim.learning_rat' is unknown; did you mean 'optim.learning_rate'?"),
     ({'optimizer': {}}, "config key 'optimizer' is unknown; did you mean 'optim'?"),
     ({'roles': {'policy': {'inti': ''}}}, "'roles.policy.inti' is unknown; did you mean 'roles.policy.init'?"),
-    ({'mesh': {'zzz': 1}}, "config key 'mesh.zzz' is unknown; known here: data, fsdp, tensor"),
+    ({'mesh': {'zzz': 1}}, "config key 'mesh.zzz' is unknown; known here: data, expert, fsdp, tensor"),
     ({'': 1}, "config key '' is unknown"),
   ],
 )
