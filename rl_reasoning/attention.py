@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rl_reasoning import rope
 from rl_reasoning.arch import Arch
+from rl_reasoning.lora import linear
 from rl_reasoning.structs import Array
 
 NEG_INF = -1e30  # finite: a row that attends to nothing must not become NaN
@@ -40,7 +41,7 @@ def project_qkv(arch: Arch, w: dict[str, Array], x: Array) -> tuple[Array, Array
     qkv = (x @ w['qkv']).reshape(*x.shape[:-1], heads + 2 * K, H)
     q, k, v = qkv[..., :heads, :], qkv[..., heads : heads + K, :], qkv[..., heads + K :, :]
   else:
-    q, k, v = (jnp.einsum('ntd,dkh->ntkh', x, w[name]) for name in ('q', 'k', 'v'))
+    q, k, v = (linear(w, name, x) for name in ('q', 'k', 'v'))
   if arch.qkv_bias:
     q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
   if arch.qk_norm:
@@ -56,7 +57,7 @@ def attention(
     return latent_attention(arch, w, x, turn, attend, absorbed)
   q, k, v = project_qkv(arch, w, x)
   out, kept = attend(rope.rotate(q, turn), rope.rotate(k, turn), v)
-  return jnp.einsum('ntkh,khd->ntd', out, w['o']), kept
+  return linear(w, 'o', out, 2), kept
 
 
 def latent_attention(
@@ -70,26 +71,26 @@ def latent_attention(
   """
   R, turned = arch.kv_lora_rank, arch.qk_rope_head_dim
   if arch.q_lora_rank:
-    q = jnp.einsum('ntr,rkh->ntkh', norm(arch, x @ w['q_down'], w['q_down_norm']), w['q_up'])
+    q = linear(w, 'q_up', norm(arch, linear(w, 'q_down', x), w['q_down_norm']))
   else:
-    q = jnp.einsum('ntd,dkh->ntkh', x, w['q'])
+    q = linear(w, 'q', x)
   plain = arch.head_dim - turned
   q_plain, q_turned = q[..., :plain], rope.rotate(q[..., plain:], turn, arch.rope_interleave)
-  latent = x @ w['kv_down']
+  latent = linear(w, 'kv_down', x)
   shared = rope.rotate(latent[..., None, R:], turn, arch.rope_interleave)  # [N, T, 1, rope]
   latent = norm(arch, latent[..., :R], w['kv_down_norm'])
   cached = jnp.concatenate([latent[..., None, :], shared], axis=-1)
-  k_up, v_up = w['kv_up'][..., :plain], w['kv_up'][..., plain:]  # [R, heads, plain], [R, heads, v]
-  if absorbed:
+  if absorbed:  # in decode, where adapters are merged
+    k_up, v_up = w['kv_up'][..., :plain], w['kv_up'][..., plain:]  # [R, heads, plain], [R, heads, v]
     q = jnp.concatenate([jnp.einsum('ntkh,rkh->ntkr', q_plain, k_up), q_turned], axis=-1)
     out, kept = attend(q, cached, None)
     out = jnp.einsum('ntkr,rkh->ntkh', out, v_up)
   else:
-    k = jnp.einsum('ntr,rkh->ntkh', latent, k_up)
+    k, v = jnp.split(linear(w, 'kv_up', latent), [plain], axis=-1)
     k = jnp.concatenate([k, jnp.broadcast_to(shared, (*k.shape[:-1], turned))], axis=-1)
-    out, _ = attend(jnp.concatenate([q_plain, q_turned], axis=-1), k, jnp.einsum('ntr,rkh->ntkh', latent, v_up))
+    out, _ = attend(jnp.concatenate([q_plain, q_turned], axis=-1), k, v)
     kept = cached, None
-  return jnp.einsum('ntkh,khd->ntd', out, w['o']), kept
+  return linear(w, 'o', out, 2), kept
 
 
 def causal_bias(position_NT: Array, segment_NT: Array, window: int) -> Array:

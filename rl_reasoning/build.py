@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import checkpoint, model, optim, reward_models, rewards, sharding, tokenizer, train_step, weights
+from rl_reasoning import checkpoint, lora, model, optim, reward_models, rewards, sharding, tokenizer, train_step, weights
 from rl_reasoning.config import (
   Component,
   Config,
   ConfigError,
+  Lora,
   Role,
   Teacher,
   check,
@@ -78,6 +78,24 @@ class Run(NamedTuple):
   reward_models: Mapping[str, RewardModel] = {}  # their weights are frozen roles: 'reward.NAME'
   features: Features | None = None  # with optim.cache_features
   speaks: bool = True  # whether the policy has a head for text: a reward model has none
+  whole: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = train_step.plain_weights  # see train_step.make_steps
+  replays: bool = False  # whether updates take the experts that the sampler chose
+
+  def weights(self, state: TrainState) -> tuple[PyTree, dict[str, PyTree]]:
+    """(what the policy runs on, the roles without gradients)."""
+    params, others = self.whole(state.params, {**state.frozen, **state.moving})
+    return params['policy'], others
+
+  def flops(self, state: TrainState) -> float:
+    """Of an update, a token: 2 a weight forward, 2 for the gradient of what goes in, 2 for that of a weight that is trained; of experts
+    those that a token goes to; attention's own products left out."""
+    share = self.arch.num_experts_per_tok / max(1, self.arch.num_experts)
+
+    def active(tree: PyTree) -> float:
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      return sum(x.size * (share if 'experts_' in jax.tree_util.keystr(path) else 1) for path, x in leaves)
+
+    return 4 * active(self.whole(state.params, {**state.frozen, **state.moving})[0]) + 2 * active(state.params)
 
 
 def is_run(path: str) -> bool:
@@ -117,12 +135,31 @@ def resolve_arch(config: Config) -> Arch:
     arch = from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
     return arch.for_length(longest(config))
   check(pathlib.Path(source).exists(), f"config key 'roles.policy.init': {source!r} does not exist")
-  arch = read_arch(source)
+  arch = with_added_tokens(read_arch(source), config.roles.policy)
   wanted = from_mapping(Arch, {**dataclasses.asdict(arch), **config.model.arch}, 'model.arch.')
   for key in sorted(config.model.arch):
     ours, theirs = getattr(wanted, key), getattr(arch, key)
     check(ours == theirs, f"config key 'model.arch.{key}': {ours!r}, but {source} has {theirs!r}")
   return arch.for_length(longest(config))
+
+
+EMBEDDINGS = 64  # an embedding that grows has a multiple of so many rows, so that it divides over devices
+
+
+def with_added_tokens(arch: Arch, role: Role) -> Arch:
+  """The architecture with rows of the embedding for the tokens that the tokenizer adds, where it has none to spare."""
+  name = resolve_tokenizer(role)
+  if not tokenizer.parts(name)[1]:
+    return arch
+  size = open_tokenizer('roles.policy.tokenizer', name).vocab_size
+  return arch if size <= arch.vocab_size else dataclasses.replace(arch, vocab_size=-(-size // EMBEDDINGS) * EMBEDDINGS)
+
+
+def open_tokenizer(key: str, name: str) -> tokenizer.Tokenizer:
+  try:
+    return tokenizer.load(name)
+  except Exception as error:  # a missing file, a damaged one: transformers raises all kinds
+    raise ConfigError(f'config key {key!r}: {name!r}: {one_line(error)}') from error
 
 
 def resolve_tokenizer(role: Role) -> str:
@@ -158,11 +195,14 @@ def heads_in(source: str) -> tuple[str, ...]:
   return heads_of(OBJECTIVES[name]) if name in OBJECTIVES else ('lm',)
 
 
-def check_reference(key: str, source: str, arch: Arch) -> None:
-  """A reference is run by the policy's own forward function, so it must be of the same architecture."""
+def check_reference(key: str, source: str, arch: Arch, grows: bool = False) -> None:
+  """A reference is run by the policy's own forward function, so it must be of the same architecture; where the policy's embedding `grows`,
+  its own grows with it."""
   check(pathlib.Path(source).exists(), f'config key {key!r}: {source!r} does not exist')
   unnamed = {'model_type': '', 'max_position_embeddings': 0}
   own, theirs = (dataclasses.replace(a.for_length(0), **unnamed) for a in (arch, read_arch(source)))
+  if grows and theirs.vocab_size < own.vocab_size:
+    theirs = dataclasses.replace(theirs, vocab_size=own.vocab_size)
   other = differences(dataclasses.asdict(own), dataclasses.asdict(theirs))
   check(not other, f'config key {key!r}: {source} is of another architecture than the policy: {"; ".join(other)}')
   check_speaks(key, source)
@@ -170,10 +210,10 @@ def check_reference(key: str, source: str, arch: Arch) -> None:
 
 def load_tokenizer(role: Role, arch: Arch) -> tokenizer.Tokenizer:
   """Raises ConfigError for one that cannot be read, that has no chat template where the role asks for one, or more ids than embeddings."""
+  tok = open_tokenizer('roles.policy.tokenizer', role.tokenizer)
   try:
-    tok = tokenizer.load(role.tokenizer)
     tokenizer.render_prompt('', role.template, tok)
-  except Exception as error:  # a missing file, a damaged one, a template that fails: transformers raises all kinds
+  except Exception as error:  # a template that fails: jinja raises all kinds
     raise ConfigError(f"config key 'roles.policy.tokenizer': {role.tokenizer!r}: {one_line(error)}") from error
   check(tok.vocab_size <= arch.vocab_size,
         f'the tokenizer {role.tokenizer!r} has {tok.vocab_size} ids, the model {arch.vocab_size} embeddings')  # fmt: skip
@@ -188,10 +228,7 @@ def check_teacher(teacher: Teacher, arch: Arch, tok: tokenizer.Tokenizer, own: s
   if teacher.tokenizer == own:
     return
   key = "config key 'roles.teacher.tokenizer'"
-  try:
-    theirs, ours = tokenizer.load(teacher.tokenizer).vocabulary(), tok.vocabulary()
-  except Exception as error:  # transformers raises all kinds
-    raise ConfigError(f'{key}: {teacher.tokenizer!r}: {one_line(error)}') from error
+  theirs, ours = open_tokenizer('roles.teacher.tokenizer', teacher.tokenizer).vocabulary(), tok.vocabulary()
   other = sorted({*ours.items()} ^ {*theirs.items()}, key=lambda item: item[1])
   check(not other, f"{key}: {teacher.tokenizer!r} has other tokens than the policy's {own!r}, the first one with id "
         f'{other and other[0][1]}; where they mean the same, name the policy\'s here, too')  # fmt: skip
@@ -230,7 +267,7 @@ def inert_sections(config: Config) -> dict[str, str]:
   return {key: reason for prefix, reason in why.items() for key in keys_under(config, prefix)}
 
 
-def inert(config: Config, objective) -> dict[str, str]:
+def inert(config: Config, objective, arch: Arch) -> dict[str, str]:
   """key -> why it cannot act in this config. A key that a config sets and that is here is refused; defaults here are only listed."""
   dead = inert_sections(config)
 
@@ -274,6 +311,17 @@ def inert(config: Config, objective) -> dict[str, str]:
       drop('data.overlong', 'only preference rows may be cut or dropped')
   if objective.reads != 'text':
     drop('data.pretrain', 'the objective mixes no rows in')
+  if not (rl and arch.num_experts):
+    drop('optim.router_replay', 'the policy has no experts' if rl else 'nothing is learned from what the policy samples')
+  if arch.scoring_func != 'sigmoid' or config.lora.rank:
+    drop(
+      'optim.router_bias_rate', 'the weights themselves are frozen' if config.lora.rank else 'no router of the policy has a bias'
+    )
+  if not config.lora.rank:
+    drop('lora', 'lora.rank is 0')
+    dead.pop('lora.rank')
+  else:
+    drop('optim.frozen_layers', 'with lora.rank, all weights are frozen')
   if not config.optim.frozen_layers:
     drop('optim.cache_features', 'optim.frozen_layers is 0')
   elif rl:
@@ -351,12 +399,31 @@ def resolve_critic(config: Config, absent: Sequence[str]) -> str:
   return models[0].init if own == resolve_tokenizer(config.roles.policy) else ''
 
 
+def check_lora(config: Config, objective, arch: Arch) -> None:
+  """Refuses adapters of what is not there, and a reference that is none of the base."""
+  start, ref = config.roles.policy.init, config.roles.ref.init
+  check(bool(start), "config key 'lora.rank': roles.policy.init is empty: adapters of random weights have nothing to adapt")
+  grown = arch.vocab_size > read_arch(start).vocab_size
+  check(
+    not grown,
+    "config key 'lora.rank': the embedding is not trained, and roles.policy.tokenizer adds tokens that it has no rows for",
+  )
+  lora.table(model.weight_table(arch, objective.heads['policy']), config.lora)
+  if objective.moving:
+    check(
+      ref in ('', start),
+      "config key 'roles.ref.init': with lora.rank a reference that moves is the policy's start and an adapter",
+    )
+    ema = getattr(objective, 'ref_model_ema', None)
+    check(ema is None, "config key 'objective.ref_model_ema': the mean of two adapters' factors is no mean of weights")
+
+
 def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> tuple[Config, Any, Arch]:
   """Fills what a config leaves open (architecture, tokenizer, the objective's defaults) and refuses keys that cannot act. The runs `absent`
   need not exist yet."""
   objective = make_objective(config)
   arch = resolve_arch(config)
-  dead = inert(config, objective)
+  dead = inert(config, objective, arch)
   refused = [f'{key!r}: {dead[key]}' for key in sorted(keys_set) if key in dead]
   check(not refused, 'config keys that cannot act here:\n  ' + '\n  '.join(refused))
   if 'rollout' in objective.sources:
@@ -382,7 +449,10 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     )
     check(c.train_size >= 0, f"config key 'data.pretrain.train_size': {c.train_size} must not be negative")
   frozen, layers = config.optim.frozen_layers, arch.num_hidden_layers
-  check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train")
+  check(
+    frozen < layers or bool(config.lora.rank),
+    f"config key 'optim.frozen_layers': {frozen} of {layers} layers leave none to train",
+  )
   if config.data.curriculum != 'none':
     measured = reads_rewards(objective) and 'accuracy' in config.rewards.functions
     check(
@@ -391,12 +461,16 @@ def resolve(config: Config, keys_set: set[str], absent: Sequence[str] = ()) -> t
     )
   if 'rewards.functions' not in dead:
     rewards.check_rewards(config.rewards, config.rollout.max_completion_length, model_names(config))
+  ways = config.mesh.expert
+  check(ways == 1 or bool(arch.num_experts), f"config key 'mesh.expert': {ways}, but the policy has no experts")
+  if config.lora.rank:
+    check_lora(config, objective, arch)
   settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != 'given'}
   policy = config.roles.policy
   policy = dataclasses.replace(policy, tokenizer=resolve_tokenizer(policy), template=resolve_template(policy))
   tokenizer.check_template(policy.template)
   if config.roles.ref.init and {'ref'} & {*objective.frozen, *objective.moving}:
-    check_reference('roles.ref.init', config.roles.ref.init, arch)
+    check_reference('roles.ref.init', config.roles.ref.init, arch, bool(tokenizer.parts(policy.tokenizer)[1]))
   critic = config.roles.critic
   if 'critic' in objective.trainable:
     critic = dataclasses.replace(critic, init=resolve_critic(config, absent))
@@ -426,10 +500,12 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
   if not init:
     return jax.jit(model.init, static_argnums=(1, 2), out_shardings=shardings)(key, arch, heads)
   check(pathlib.Path(init).exists(), f'config section roles: init {init!r} does not exist')
+  rows = read_arch(init).vocab_size
+  if rows < arch.vocab_size:
+    smaller = load_params(init, dataclasses.replace(arch, vocab_size=rows), key, mesh, heads)
+    return jax.jit(model.grown, static_argnums=1, out_shardings=shardings)(smaller, arch.vocab_size)
   if is_run(init):
-    names = checkpoint.weight_names(init, 'policy')
-    stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
-    params = checkpoint.restore_params(init, 'policy', shardings=param_shardings(mesh, arch, stored))
+    params = restore_policy(init, arch, mesh)
   else:
     kept = tuple(head for head in heads if head in weights.source_heads(init))
     params = weights.load(init, arch, param_shardings(mesh, arch, kept), kept)
@@ -444,7 +520,48 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
   return {name: born[name] if name in missing else params[name] for name in shardings}
 
 
+def restore_policy(run: str, arch: Arch, mesh: Mesh) -> PyTree:
+  """The policy's weights in a run of ours, with all the heads that it has; adapters are merged. Raises ConfigError where the weights that
+  they adapt are not those of then."""
+  names, config = checkpoint.weight_names(run, 'policy'), run_config(run)
+  settings = from_mapping(Lora, config.get('lora', {}), 'lora.')
+  if not settings.rank:
+    stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
+    return checkpoint.restore_params(run, 'policy', shardings=param_shardings(mesh, arch, stored))
+  scalar = ('scalar',) if 'score' in names else ()
+  start, heads = config['roles']['policy']['init'], tuple(head for head in heads_in(run) if head != 'scalar')
+  base = {name: w for name, w in load_params(start, arch, jax.random.key(0), mesh, heads + scalar).items() if name != 'score'}
+  try:
+    trained_on = json.loads((pathlib.Path(run) / 'frozen.json').read_text())['base']
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise ConfigError(f'{run}/frozen.json: {type(error).__name__}: {error}') from None
+  check(int(checkpoint.fingerprint(base)) == trained_on, f'{run} holds adapters of {start}, whose weights are not those of then')
+  shardings = table_shardings(mesh, lora.table(model.weight_table(arch, heads + scalar), settings))
+  adapter = checkpoint.restore_params(run, 'policy', shardings=shardings)
+  return jax.jit(lora.merge, out_shardings=param_shardings(mesh, arch, heads + scalar))(lora.join(base, adapter, settings))
+
+
+def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -> None:
+  """Writes the policy of a run of ours as a Hugging Face folder, or its adapters alone as one of peft's. Raises ConfigError."""
+  arch, tok, heads = read_arch(run), run_config(run, 'roles', 'policy', 'tokenizer'), heads_in(run)
+  head = 'lm' if 'lm' in heads else 'scalar'
+  if adapter:
+    settings = from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
+    check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
+    check(not score_shift(run), f'{run}: its scores are shifted, which a folder of adapters cannot tell: merge them')
+    base, params = run_config(run, 'roles', 'policy', 'init'), checkpoint.restore_params(run, 'policy')
+    weights.save_adapter(params, arch, settings, path, base, (head,), dtype)
+    return
+  mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+  tokenizer_path = None if tok == 'bytes' else tok
+  weights.save(restore_policy(run, arch, mesh), arch, path, tokenizer_path, (head,), score_shift(run), dtype)
+
+
 def param_shardings(mesh: Mesh, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  return table_shardings(mesh, model.weight_table(arch, heads))
+
+
+def table_shardings(mesh: Mesh, table: PyTree) -> PyTree:
   """Raises ConfigError for a weight that does not divide over the mesh."""
 
   def place(path, w: model.Weight):
@@ -453,7 +570,7 @@ def param_shardings(mesh: Mesh, arch: Arch, heads: tuple[str, ...] = ('lm',)) ->
     except ValueError as error:
       raise ConfigError(str(error)) from None
 
-  return jax.tree_util.tree_map_with_path(place, model.weight_table(arch, heads), is_leaf=model.is_weight)
+  return jax.tree_util.tree_map_with_path(place, table, is_leaf=model.is_weight)
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -473,6 +590,10 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
   if replaced:
     config = dataclasses.replace(config, roles=dataclasses.replace(roles, **replaced))
     keys_set = {key for key in keys_set if not key.startswith(('model.', 'roles.'))}
+  if 'policy' in replaced:  # what adapters adapt, and whether it has experts, is not there to be looked at
+    whole_mesh = dataclasses.replace(config.mesh, expert=1, data=-1)
+    config = dataclasses.replace(config, lora=Lora(), mesh=whole_mesh)
+    keys_set = {key for key in keys_set if not key.startswith(('lora.', 'optim.router_', 'mesh.'))}
   config, objective, _ = resolve(config, keys_set, absent)
   check_sizes(config, objective, make_mesh(config))
   optim.make(config.optim, 1)
@@ -510,9 +631,15 @@ def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tup
 def build(config: Config, keys_set: set[str] | None = None) -> Run:
   """Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolve(config, keys_set or set())
+  adapted = bool(config.lora.rank)
+  chosen = dataclasses.replace(config.optim, frozen_layers=0) if adapted else config.optim
   mesh = make_mesh(config)
   check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
+  if config.roles.policy.init and (rows := read_arch(config.roles.policy.init).vocab_size) < arch.vocab_size:
+    print(
+      f'roles.policy.tokenizer adds tokens: the embedding grows from {rows} to {arch.vocab_size} rows, new ones the mean of the old'
+    )
   updates = config.total_steps * objective.num_iterations * objective.num_minibatches
   critic = config.roles.critic
   archs = {'policy': arch, 'ref': arch}
@@ -521,21 +648,21 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     size = archs['critic'].vocab_size
     check(tok.vocab_size <= size, f"config key 'roles.critic.init': {critic.init} has {size} embeddings, the policy's tokenizer "
           f'{tok.vocab_size} ids')  # fmt: skip
-    frozen, layers = config.optim.frozen_layers, archs['critic'].num_hidden_layers
+    frozen, layers = chosen.frozen_layers, archs['critic'].num_hidden_layers
     check(frozen < layers, f"config key 'optim.frozen_layers': {frozen} of the critic's {layers} layers leave none to train")
   teacher = config.roles.teacher
   if 'teacher' in objective.frozen:
     archs['teacher'] = read_arch(teacher.init).for_length(longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
-  peak = critic.learning_rate or config.optim.learning_rate
-  optimizer, schedule = optim.make(config.optim, updates)
-  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(config.optim, learning_rate=peak), updates)[0]}
+  peak = critic.learning_rate or chosen.learning_rate
+  optimizer, schedule = optim.make(chosen, updates)
+  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(chosen, learning_rate=peak), updates)[0]}
 
   def temperature(rows):
     rolled = rows.source_N == ROLLOUT
     return jnp.where(rolled, config.rollout.temperature, 1.0) if 'rollout' in objective.sources else 1.0
 
-  frozen_layers = config.optim.frozen_layers
+  frozen_layers, replays = chosen.frozen_layers, config.optim.router_replay and bool(arch.num_experts)
   # What starts elsewhere has a trunk of its own: what is remembered of the policy's is not what it gives.
   own_trunk = {'teacher'} | ({'ref'} if config.roles.ref.init not in ('', config.roles.policy.init) else set())
   nets = {
@@ -543,22 +670,39 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       a, temperature, dtype=config.model.dtype, remat=config.model.remat,
       frozen_layers=0 if role in own_trunk else frozen_layers,
       shift=score_shift(critic.init) if role == 'critic' and critic.init else 0.0,  # its values begin where the rewards are
+      replays=role == 'policy' and replays,
     )
     for role, a in archs.items()
   }  # fmt: skip
-  shardings, opt_shardings = {}, {}
-  for role in objective.trainable:
-    heads = objective.heads[role]
-    shardings[role] = param_shardings(mesh, archs[role], heads)
-    shapes = jax.eval_shape(functools.partial(model.init, arch=archs[role], heads=heads), jax.random.key(0))
-    opt_shardings[role] = optimizer_shardings(mesh, optimizers[role], shapes, shardings[role])
-  steps = train_step.make_steps(
-    objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
-    {'params': shardings, 'opt': opt_shardings},
-  )  # fmt: skip
-  judges, judge_params = load_reward_models(config, mesh)
   start = config.roles.policy.init
   inits = {'policy': start, 'ref': config.roles.ref.init or start, 'critic': critic.init or start, 'teacher': teacher.init}
+  tables, shardings, opt_shardings = {}, {}, {}
+  for role in objective.trainable:
+    full = model.weight_table(archs[role], objective.heads[role])
+    tables[role] = lora.table(full, config.lora) if adapted else full
+    shardings[role] = table_shardings(mesh, tables[role])
+    shapes = jax.eval_shape(functools.partial(model.init_table, table=tables[role]), jax.random.key(0))
+    opt_shardings[role] = optimizer_shardings(mesh, optimizers[role], shapes, shardings[role])
+  # Of adapters: the frozen roles that they adapt. What starts from the same weights shares them, the reference with them.
+  bases = {role: 'base' if inits[role] == start else f'base.{role}' for role in objective.trainable}
+  ref_is_base = adapted and inits['ref'] == start
+
+  def whole(params, frozen):
+    joined, others = {role: lora.join(frozen[bases[role]], own, config.lora) for role, own in params.items()}, dict(frozen)
+    if 'ref' in objective.moving:
+      others['ref'] = lora.join(frozen['base'], frozen['ref'], config.lora)
+    elif 'ref' in objective.frozen and ref_is_base:
+      others['ref'] = frozen['base']
+    return joined, others
+
+  whole = whole if adapted else train_step.plain_weights
+  steps = train_step.make_steps(
+    objective, nets, optimizers, schedule, config.optim.micro_batch, config.rollout.max_completion_length,
+    {'params': shardings, 'opt': opt_shardings}, whole,
+    {role: (len(archs[role].stacks['layers']), archs[role].num_experts) for role in objective.trainable if archs[role].num_experts},
+    config.optim.router_bias_rate,
+  )  # fmt: skip
+  judges, judge_params = load_reward_models(config, mesh)
 
   def init() -> TrainState:
     key = jax.random.key(config.seed)
@@ -567,7 +711,16 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       own = jax.random.fold_in(key, 1) if role == 'critic' else key  # a fresh critic is no copy of a fresh policy
       return load_params(inits[role], archs[role], own, mesh, objective.heads[role])
 
-    params = {role: load(role) for role in objective.trainable}
+    def adapter(role, of=None):  # a scalar head is trained whole
+      init = jax.jit(functools.partial(model.init_table, table=tables[role]), out_shardings=shardings[role])
+      return {**init(jax.random.fold_in(key, 2)), **({'score': of['score']} if of and 'score' in of else {})}
+
+    loaded = {role: load(role) for role in objective.trainable}
+    params, frozen = loaded, {role: load(role) for role in objective.frozen if not (role == 'ref' and ref_is_base)}
+    moving = {role: adapter('policy') if adapted else load(role) for role in objective.moving}
+    if adapted:
+      params = {role: adapter(role, of) for role, of in loaded.items()}
+      frozen |= {bases[role]: {name: w for name, w in of.items() if name != 'score'} for role, of in reversed(loaded.items())}
     return TrainState(
       step=0,
       cursor={'num_tokens': 0},  # and what data.Train.first adds
@@ -575,19 +728,19 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
       params=params,
       opt={role: jax.jit(optimizers[role].init, out_shardings=opt_shardings[role])(params[role]) for role in params},
       aux=jax.device_put(objective.init_aux(), sharding.replicated(mesh)),
-      moving={role: load(role) for role in objective.moving},
-      frozen={**{role: load(role) for role in objective.frozen}, **judge_params},
+      moving=moving,
+      frozen={**frozen, **judge_params},
     )
 
   features = None
-  if config.optim.cache_features:
+  if config.optim.cache_features and not adapted:
 
     def trunk(params, tokens, segment, position):
       return model.trunk(params, arch, tokens, segment, position, frozen_layers, config.model.dtype)
 
     features = Features(jax.jit(trunk), {})
   speaks = 'lm' in objective.heads['policy']
-  return Run(config, objective, arch, tok, mesh, steps, init, reward_models=judges, features=features, speaks=speaks)
+  return Run(config, objective, arch, tok, mesh, steps, init, judges, features, speaks, whole, replays)
 
 
 def optimizer_shardings(mesh: Mesh, optimizer, shapes: PyTree, shardings: PyTree) -> PyTree:
@@ -610,14 +763,17 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   resolved, objective, arch = resolve(config, keys_set)
   check_splits(resolved, objective)
   optim.make(config.optim, 1)
-  sizes = jax.eval_shape(functools.partial(model.init, arch=arch, heads=objective.heads['policy']), jax.random.key(0))
-  dead = inert(config, objective)
+  table = model.weight_table(arch, objective.heads['policy'])
+  counts = {'parameters': model.count(table)}
+  if config.lora.rank:
+    counts['trainable_parameters'] = model.count(lora.table(table, config.lora))
+  dead = inert(config, objective, arch)
   if getattr(objective, 'epsilon', 0.0) >= 1 and 'objective.epsilon' not in dead:
     dead['objective.epsilon, its lower bound'] = 'no ratio is below 1 - epsilon: only epsilon_high clips'
   return {
     'config': plain(dataclasses.asdict(resolved)),
     'hash': digest(dataclasses.asdict(resolved)),
-    'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(sizes)),
+    **counts,
     'devices': devices,
     'formula': objective.formula(),
     'batch_sizes': batch_sizes(resolved, objective),

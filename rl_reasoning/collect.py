@@ -70,10 +70,15 @@ def to_batch(prompts: list[list[int]], rolled: Rollout, group: int) -> Batch:
     tokens[n, :start], tokens[n, start:end] = prompts[n // group], rolled.tokens_NC[n, : end - start]
     mask[n, start:end], logp[n, start:end] = 1, rolled.logp_NC[n, : end - start]
     segment[n, :end], position[n, :end] = 1, np.arange(end)
+  extras = {}
+  if rolled.chosen_N is not None:  # -1: the last token, which the sampler has not read, and padding
+    extras['chosen'] = np.full((N, T, *rolled.chosen_N[0].shape[1:]), -1, np.int16)
+    for n, chosen in enumerate(rolled.chosen_N):
+      extras['chosen'][n, : len(chosen)] = chosen
   return Batch(
     tokens=tokens, segment_NT=segment, position_NT=position, mask_NT=mask, logp_sample_NT=logp,
     source_N=np.full(N, ROLLOUT, np.int32), group_N=np.repeat(np.arange(len(prompts), dtype=np.int32), group),
-    truncated_N=rolled.truncated_N.astype(np.float32),
+    truncated_N=rolled.truncated_N.astype(np.float32), extras=extras,
   )  # fmt: skip
 
 
@@ -109,8 +114,8 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
   prompts = data.encode_prompts(rows, tok, template, config.data.max_prompt_length)
   with timer('rollout') as phase:
     rolled = rollout.generate(
-      state.params['policy'], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
-      dtype=config.model.dtype, mesh=run.mesh, prompt_ids=range(first_id, first_id + len(rows)),
+      run.weights(state)[0], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
+      dtype=config.model.dtype, mesh=run.mesh, prompt_ids=range(first_id, first_id + len(rows)), records=run.replays,
     )  # fmt: skip
     phase.tokens = int(rolled.length_N.sum())
   with timer('reward'):
@@ -237,7 +242,7 @@ def remembered(run: Run, params: PyTree, batch: Batch) -> Batch:
 
 def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
   """Rows of rollouts and rows of data, those of a prompt adjacent: its completions, then its share of the others. What only completions
-  have is 0 in the others."""
+  have is 0 in the others; experts are -1, not known."""
   T = max(rolled.tokens.shape[1], other.tokens.shape[1])
 
   def join(name: str) -> Any:
@@ -250,7 +255,13 @@ def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
       a, b = (np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in (a, b))
     return np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
 
-  return Batch(**{name: join(name) for name in vars(rolled) if name != 'extras'})
+  extras = {}
+  if 'chosen' in rolled.extras:
+    a = rolled.extras['chosen']
+    a = np.pad(a, ((0, 0), (0, T - a.shape[1]), (0, 0), (0, 0)), constant_values=-1)
+    b = np.full((other.tokens.shape[0], *a.shape[1:]), -1, a.dtype)
+    extras['chosen'] = np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
+  return Batch(**{name: join(name) for name in vars(rolled) if name != 'extras'}, extras=extras)
 
 
 def imitated(objective) -> int:

@@ -76,7 +76,8 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Role:
   init: str = ''  # '' random, or a run's workdir, a Hugging Face folder, a .gguf file
-  tokenizer: str = ''  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file
+  # '' as init says (random: bytes), 'bytes', or a folder / .gguf file; 'FOLDER + <think> </think>' adds tokens, and rows to the embedding
+  tokenizer: str = ''
   template: str = (
     ''  # '' as the run of init says, else plain; a name of tokenizer.TEMPLATES, 'chat', 'chat_think', a text with {prompt}
   )
@@ -191,7 +192,22 @@ class Optim:
   grad_clip: float = 1.0  # global norm; 0: off
   micro_batch: int = 0  # rows a micro-batch over all devices; 0: the whole batch at once
   frozen_layers: int = 0  # the first layers, and the embedding below them, stay as they are
+  router_replay: bool = (
+    False  # of mixtures of experts: the update sends every token to the experts that the sampler chose (2510.11370)
+  )
+  router_bias_rate: float = (
+    0.0  # what an update adds to the bias of an expert with too few tokens, or takes from it (DeepSeek-V3: 0.001)
+  )
   cache_features: bool = False  # what frozen layers give of rows from data is computed once and kept in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Adapters of the trainable roles; their weights themselves then stay as they are."""
+
+  rank: int = 0  # 0: no adapters, all weights are trained
+  alpha: float = 32.0  # the adapters' product counts alpha / rank times
+  targets: str = '.*'  # regular expression of whole paths, as 'layers/q': which projections have one; see lora.adapts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +215,7 @@ class MeshSizes:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  expert: int = 1  # of mixtures of experts: so many ways the experts lie; rows go over it, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +246,7 @@ class Config:
   rollout: Rollout = Rollout()
   rewards: Rewards = Rewards()
   optim: Optim = Optim()
+  lora: Lora = Lora()
   mesh: MeshSizes = MeshSizes()
   eval: Eval = Eval()
   checkpoint: Checkpoint = Checkpoint()
@@ -245,6 +263,7 @@ POSITIVE = [
   'rollout.max_completion_length',
   'rollout.chunk',
   'optim.learning_rate',
+  'lora.alpha',
   'eval.size',
   'eval.batch_size',
   'checkpoint.every',
@@ -262,6 +281,8 @@ NOT_NEGATIVE = [
   'optim.grad_clip',
   'optim.micro_batch',
   'optim.frozen_layers',
+  'optim.router_bias_rate',
+  'lora.rank',
   'roles.critic.learning_rate',
   'eval.every',
   'eval.seed',
@@ -558,6 +579,10 @@ def resolve(settings: Mapping[str, Any]) -> Config:
   check(config.rollout.min_p < 1, f"config key 'rollout.min_p': {config.rollout.min_p} is not in [0, 1)")
   for key in ('curriculum_floor', 'curriculum_decay'):
     check(getattr(config.data, key) < 1, f"config key 'data.{key}': {getattr(config.data, key)} must be below 1")
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    raise ConfigError(f"config key 'lora.targets': {config.lora.targets!r} is no regular expression: {error}") from None
   mixed = bool(components(config.data)) or config.data.curriculum == 'none'
   check(mixed, f"config key 'data.curriculum': {config.data.curriculum!r} has nothing to choose from without data.mixture")
   weights, functions = config.rewards.weights, config.rewards.functions

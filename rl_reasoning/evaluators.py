@@ -34,7 +34,7 @@ from rl_reasoning.objectives.preference import Preference
 from rl_reasoning.ranking_evaluator import RankingEvaluator
 from rl_reasoning.rewards import REWARDS, as_given, columns_of, score
 from rl_reasoning.structs import Array, Batch, PyTree, Rollout as Rolled
-from rl_reasoning.tokenizer import from_thinking, render_prompt
+from rl_reasoning.tokenizer import from_thinking, parts, render_prompt
 from rl_reasoning.verify.math import extract_answer, parse_number
 
 COLUMNS = ('difficulty', 'dataset')  # of the rows: metrics are also given apart for each of their values
@@ -145,7 +145,8 @@ def check_problems(
       continue
     check(run.speaks, f"config key 'eval.evaluators.{name}': the network has no head for text; its kind is ranking")
     if evaluator.kl_to:
-      build.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch)
+      grows = bool(parts(run.config.roles.policy.tokenizer)[1])
+      build.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch, grows)
     encode_problems(run, problems[name], name, evaluator)
     gold = worth or rewards.any_gold(problems[name])
     task = evaluator.task or run.config.data.task

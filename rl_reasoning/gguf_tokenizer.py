@@ -32,6 +32,7 @@ def open_gguf(path: str):
 
 
 REQUIRED = object()
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def metadata(path: str, key: str, default: Any = REQUIRED) -> Any:
@@ -41,10 +42,19 @@ def metadata(path: str, key: str, default: Any = REQUIRED) -> Any:
 
 
 def pre_tokenizers() -> dict[str, Any]:
-  from tokenizers import pre_tokenizers as pre
+  from tokenizers import Regex, pre_tokenizers as pre
 
   byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-  return {'smollm': pre.Sequence([pre.Digits(individual_digits=True), byte_level])}
+
+  def split_at(digits: str) -> Any:  # as their tokenizer.json has it
+    pattern = PATTERN.replace('DIGITS', digits)
+    return pre.Sequence([pre.Split(Regex(pattern), 'isolated'), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+  return {
+    'smollm': pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
+    'qwen2': split_at(r'\p{N}'),
+    'llama-bpe': split_at(r'\p{N}{1,3}'),
+  }
 
 
 def load_gguf_tokenizer(path: str):
@@ -59,7 +69,9 @@ def load_gguf_tokenizer(path: str):
   merges = [tuple(merge.split(' ')) for merge in metadata(path, 'tokenizer.ggml.merges')]
   check(len(types) == len(tokens), f'{path}: {len(types)} values of tokenizer.ggml.token_type for {len(tokens)} tokens')
   try:
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    ids = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a word that is a token as it is, whatever the merges come to.
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=pre == 'llama-bpe'))
   except Exception as error:  # tokenizers raises plain Exception: a merge of tokens that are not there
     raise ConfigError(f'{path}: tokenizer.ggml.merges: {error}') from None
   inner.pre_tokenizer, inner.decoder = known[pre], tokenizers.decoders.ByteLevel()

@@ -64,10 +64,10 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, float]:
   return result
 
 
-def mfu(parameters: int, tokens: int, seconds: float) -> dict[str, float]:
-  """Model FLOPs utilisation of the update: 6 FLOPs a parameter and (unpadded) token, attention left out. Nothing on unknown hardware."""
+def mfu(flops: float, tokens: int, seconds: float) -> dict[str, float]:
+  """Model FLOPs utilisation of the update: `flops` of an (unpadded) token over the hardware's. Nothing on unknown hardware."""
   peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-  return {'mfu': 6 * parameters * tokens / (seconds * peak * jax.device_count())} if peak else {}
+  return {'mfu': flops * tokens / (seconds * peak * jax.device_count())} if peak else {}
 
 
 class PhaseTimer:
@@ -310,7 +310,9 @@ def summary_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
 def explanation(explained: Mapping[str, Any]) -> str:
   """What --explain prints: the resolved config, the effective formula, sizes in one unit each, and what is inert."""
   lines = [json.dumps(explained['config'], indent=1), f'hash: {explained["hash"]}']
+  trained = explained.get('trainable_parameters')
   lines.append(f'parameters: {explained["parameters"]:,}; devices: {explained["devices"]}')
+  lines += [f'trainable parameters: {trained:,}'] if trained else []
   lines += explained['formula']
   lines += [f'{name}: {value:,}' for name, value in explained['batch_sizes'].items()]
   lines.append('inert in this config (left at their defaults; setting one is refused):')

@@ -7,6 +7,7 @@ loading are maps over it. One `block` serves training, prefill and decode; what 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl_reasoning import attention, experts, rope
+from rl_reasoning import attention, experts, lora, rope
 from rl_reasoning.arch import Arch
 from rl_reasoning.sharding import constrain
 from rl_reasoning.structs import Array, Batch, PyTree
@@ -134,7 +135,21 @@ def is_weight(x) -> bool:
   return isinstance(x, Weight)
 
 
+def count(table: PyTree, active: Arch | None = None) -> int:
+  """Parameters of a weight table; of an `active` architecture those that a token meets, which is sent to few of the experts."""
+
+  def met(w: Weight) -> int:
+    size = math.prod(w.shape)
+    return size // active.num_experts * active.num_experts_per_tok if active and '{expert}' in w.hf else size
+
+  return sum(met(w) for w in jax.tree.leaves(table, is_leaf=is_weight))
+
+
 def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  return init_table(key, weight_table(arch, heads))
+
+
+def init_table(key: jax.Array, table: PyTree) -> PyTree:
   """Random float32 weights. Each weight has a key of its own path, so adding one leaves the others as they were."""
 
   def make(path, w: Weight):
@@ -145,7 +160,18 @@ def init(key: jax.Array, arch: Arch, heads: tuple[str, ...] = ('lm',)) -> PyTree
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     return w.scale * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), w.shape, jnp.float32)
 
-  return jax.tree_util.tree_map_with_path(make, weight_table(arch, heads), is_leaf=is_weight)
+  return jax.tree_util.tree_map_with_path(make, table, is_leaf=is_weight)
+
+
+def grown(params: PyTree, vocab_size: int) -> PyTree:
+  """The weights with an embedding, and a head of its own where there is one, of so many rows. A new row is the mean of the others: so a new
+  token is about as likely as a middling one, where a row at random could be the likeliest of all."""
+
+  def grow(x: Array) -> Array:
+    new = jnp.broadcast_to(x.mean(axis=0, keepdims=True), (vocab_size - x.shape[0], x.shape[1]))
+    return jnp.concatenate([x, new])
+
+  return {name: grow(x) if name in ('embed', 'lm_head') else x for name, x in params.items()}
 
 
 def cast(w: dict[str, Array], dtype: str) -> dict[str, Array]:
@@ -160,13 +186,13 @@ def block(
   turn: rope.Angles,
   attend: Callable,
   absorbed: bool = False,
-  replay: Array | None = None,
+  routing: experts.Routing = experts.UNTOLD,
 ) -> tuple[Array, Any, Array | None]:
   """(x after one layer, what `attend` kept, the experts chosen). `attend(q, k, v) -> (out like q, kept)`; `kept` is what the caller wants
-  back (a cache, or None). See attention.latent_attention for `absorbed`, experts.route for `replay`."""
+  back (a cache, or None). See attention.latent_attention for `absorbed`."""
   out, kept = attention.attention(arch, w, attention.norm(arch, x, w['attn_norm']), turn, attend, absorbed)
   x = x + (attention.norm(arch, out, w['attn_post_norm']) if arch.post_norms else out)
-  out, chosen = experts.mlp(arch, w, attention.norm(arch, x, w['mlp_norm']), replay)
+  out, chosen = experts.mlp(arch, w, attention.norm(arch, x, w['mlp_norm']), routing)
   return x + (attention.norm(arch, out, w['mlp_post_norm']) if arch.post_norms else out), kept, chosen
 
 
@@ -187,7 +213,7 @@ class Kept(NamedTuple):
 def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position_NT: Array, dtype: str, remat: str = 'none',
                layers: range | None = None, keep_cache: bool = False, replay: Array | None = None) -> tuple[Array, Kept]:  # fmt: skip
   """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
-  layers, kinds = layers or range(arch.num_hidden_layers), arch.kinds
+  layers, kinds, counts = layers or range(arch.num_hidden_layers), arch.kinds, segment_NT > 0
   distinct = sorted({kinds[layer] for layer in layers})
   contexts = [
     (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
@@ -200,7 +226,7 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
     w, kind, replayed = given
     w = cast(w, dtype)
     bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
-    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), replay=replayed)
+    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), routing=experts.Routing(replayed, counts))
     return constrain(x, 'rows', None, None), Kept(kept if keep_cache else None, chosen)
 
   if REMAT[remat] is not None:
@@ -280,7 +306,7 @@ def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[
   layers = []
   for stack, numbers in arch.stacks.items():
     for index in range(len(numbers)):
-      w = cast({name: p[index] for name, p in params[stack].items()}, dtype)
+      w = cast(lora.merged_layer({name: p[index] for name, p in params[stack].items()}), dtype)
       if fuse and 'k' in w:
         w['qkv'] = jnp.concatenate([w.pop(n).reshape(arch.hidden_size, -1) for n in ('q', 'k', 'v')], axis=-1)
       if fuse and 'gate' in w:
@@ -293,12 +319,22 @@ CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
 
 
 def hidden_states(
-  params: PyTree, arch: Arch, batch: Batch, *, dtype: str = 'float32', remat: str = 'none', frozen_layers: int = 0
+  params: PyTree,
+  arch: Arch,
+  batch: Batch,
+  *,
+  dtype: str = 'float32',
+  remat: str = 'none',
+  frozen_layers: int = 0,
+  replays: bool = False,
 ) -> Array:
-  """`forward` of a batch, from its `extras['features']` where it has them."""
+  """`forward` of a batch, from its `extras['features']` where it has them; `replays`: with the experts `extras['chosen']`, where it has
+  them."""
+  chosen = batch.extras.get('chosen') if replays else None  # [N, T, layers, k]
   return forward(
     params, arch, batch.tokens, batch.segment_NT, batch.position_NT, dtype=dtype, remat=remat,
     frozen_layers=frozen_layers, features=batch.extras.get('features'),
+    replay=None if chosen is None else jnp.moveaxis(chosen, 2, 0).astype(jnp.int32),
   )[0]  # fmt: skip
 
 
@@ -395,13 +431,14 @@ class Net(NamedTuple):
 
 def make_net(
   arch: Arch, temperature: Callable[[Batch], Array | float], *, dtype: str, remat: str, frozen_layers: int = 0, shift: float = 0.0,
+  replays: bool = False,
 ) -> Net:  # fmt: skip
-  """`temperature(rows)` gives one number a row; `shift` is subtracted from the scores."""
+  """`temperature(rows)` gives one number a row; `shift` is subtracted from the scores; `replays` as in `hidden_states`."""
 
   def run(params, rows):
     if frozen_layers:  # where tied, it is the head, too
       params = {**params, 'embed': jax.lax.stop_gradient(params['embed'])}
-    return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers)
+    return params, hidden_states(params, arch, rows, dtype=dtype, remat=remat, frozen_layers=frozen_layers, replays=replays)
 
   def output(params, rows):
     params, hidden = run(params, rows)

@@ -29,6 +29,7 @@ class Decoder(NamedTuple):
   end_ids: tuple[int, ...]
   settings: config_lib.Rollout
   group: int  # completions a prompt
+  records: bool = False  # the experts of every token
 
   def pick(self, logits_BGV: Array, u_BG: Array) -> tuple[Array, Array]:
     s = self.settings
@@ -52,6 +53,9 @@ class Decoding(NamedTuple):
   # Per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU. Values None: the first part
   # of the keys (latent attention).
   cache: tuple
+  # Where they are recorded, the experts of every token that the network read: (of the prompts [B, P, layers, k], of completions
+  # [B, G, C, layers, k]).
+  chosen: tuple[Array, Array] | None = None
 
 
 def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Array:
@@ -79,12 +83,17 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   empty = (
     jnp.zeros((*kv, k.shape[4], 0), decoder.dtype), None if v is None else jnp.zeros((*kv, 0, v.shape[4]), decoder.dtype)
   )  # fmt: skip
+  chosen = None
+  if decoder.records:
+    prompts = jnp.moveaxis(jnp.asarray(kept.chosen), 0, 2)
+    chosen = prompts, jnp.zeros((B, G, C, *prompts.shape[2:]), jnp.int32)
   return cache, Decoding(
     t=jnp.int32(1),
     tokens=jnp.zeros((B, G, C), jnp.int32).at[:, :, 0].set(token),
     logp=jnp.zeros((B, G, C), jnp.float32).at[:, :, 0].set(logp),
     done=decoder.is_end(token),
     cache=(empty,) * arch.num_hidden_layers,
+    chosen=chosen,
   )
 
 
@@ -154,21 +163,27 @@ def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, 
     position = jnp.broadcast_to((length_B + t - 1)[:, None], token.shape)
     turns = {kind: rope.angles(arch, position, kind) for kind in {kind.rope for kind in kinds}}
     biases = {window: cache_bias(valid_BP, S, t, window) for window in {kind.window for kind in kinds}}
-    x, cache = model.embed(params, arch, token, decoder.dtype), []
+    x, cache, every = model.embed(params, arch, token, decoder.dtype), [], []
     for w, kind, prompt_kv, own_kv in zip(layers, kinds, prompt_cache, state.cache, strict=True):
       attend = cached_attention(arch, prompt_kv, own_kv, biases[kind.window], t)
-      x, kept, _ = model.block(arch, w, x, turns[kind.rope], attend, absorbed=True)
+      x, kept, chosen = model.block(arch, w, x, turns[kind.rope], attend, absorbed=True)
       cache.append(kept)
+      every += [] if chosen is None else [chosen]
     x = attention.norm(arch, x, params['final_norm'].astype(x.dtype))
     logits = sharding.constrain(model.logits(x, model.head(params), arch.final_logit_softcapping), 'rows', None, None)
     token, logp = decoder.pick(logits, jax.lax.dynamic_index_in_dim(u_BGC, t, axis=2, keepdims=False))
     token, logp = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logp)
+    kept = state.chosen
+    if kept is not None:
+      new = jnp.stack(every, axis=2)[:, :, None]
+      kept = kept[0], jax.lax.dynamic_update_slice_in_dim(kept[1], new, t - 1, axis=2)
     return Decoding(
       t=t + 1,
       tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], t, axis=2),
       logp=jax.lax.dynamic_update_slice_in_dim(state.logp, logp[..., None], t, axis=2),
       done=state.done | decoder.is_end(token),
       cache=tuple(cache),
+      chosen=kept,
     )
 
   return jax.lax.while_loop(lambda s: (s.t < limit) & ~jnp.all(s.done), body, state)
@@ -188,6 +203,7 @@ def decoding(
   prompt_ids: Sequence[int] | None = None,
   u_BGC: Array | None = None,
   pace: int = 0,
+  records: bool = False,
 ) -> Iterator[Decoding]:
   """The states of `generate` as they come: after every `pace` tokens (0: whenever the cache is full), the last one when all is done. A
   state must be read before the next one is asked for, which takes over its memory."""
@@ -204,7 +220,7 @@ def decoding(
   fuse = mesh is None or mesh.shape['tensor'] == 1
   if mesh is not None:
     tokens_BP, valid_BP, u_BGC = sharding.put_rows(mesh, (tokens_BP, valid_BP, u_BGC))
-  decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group)
+  decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group, records)
   prompt_cache, state = prefill(params, decoder, tokens_BP, valid_BP, u_BGC)
   yield state
   layers = model.decode_weights(params, arch, dtype, fuse)
@@ -230,19 +246,28 @@ def generate(
   mesh: Mesh | None = None,
   prompt_ids: Sequence[int] | None = None,
   u_BGC: Array | None = None,
+  records: bool = False,
 ) -> Rollout:
   """`group` completions of each prompt, as numpy arrays; row n belongs to prompt n // group.
 
   `prompt_ids` (default: 0, 1, ...) with `key` fix the random numbers: a prompt keeps its tokens in whatever batch it sits. `u_BGC` are
-  numbers in the place of those. Raises ValueError for an empty prompt, and where the prompts do not divide over the mesh.
+  numbers in the place of those. `records`: also the experts of every token. Raises ValueError for an empty prompt, and where the prompts
+  do not divide over the mesh.
   """
   B, C = len(prompts), settings.max_completion_length
   states = decoding(
     params, arch, prompts, settings=settings, group=group, end_ids=end_ids, key=key, dtype=dtype, mesh=mesh, prompt_ids=prompt_ids,
-    u_BGC=u_BGC,
+    u_BGC=u_BGC, records=records,
   )  # fmt: skip
   state = collections.deque(states, maxlen=1).pop()
   tokens, logp, done = jax.device_get((state.tokens, state.logp, state.done))
   tokens, logp, done = tokens.reshape(B * group, C), logp.reshape(B * group, C), done.reshape(-1)
   length = np.where(done, 1 + np.argmax(np.isin(tokens, end_ids), axis=1), C).astype(np.int32)
-  return Rollout(tokens, logp, length, ~done)
+  chosen = None
+  if state.chosen is not None:
+    of_prompts, own = jax.device_get(state.chosen)
+    own, chosen = own.reshape(B * group, *own.shape[2:]), np.empty(B * group, object)
+    for n in range(B * group):
+      prompt = of_prompts[n // group]
+      chosen[n] = np.concatenate([prompt[len(prompt) - len(prompts[n // group]) :], own[n, : length[n] - 1]])
+  return Rollout(tokens, logp, length, ~done, chosen)

@@ -1,4 +1,4 @@
-"""Mesh from config, and logical axes -> NamedSharding. Rows go over (data, fsdp); weights over fsdp and tensor."""
+"""Mesh from config, and logical axes -> NamedSharding. Rows go over expert, data and fsdp; weights over fsdp, tensor and expert."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rl_reasoning.config import check
 from rl_reasoning.structs import Array, PyTree
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'tensor', 'expert')
 RULES = {
-  'rows': ('data', 'fsdp'),
+  'rows': ('expert', 'data', 'fsdp'),  # expert first: a shard_map over it alone then finds each of its parts in one piece
   'layer': None,
   'embed': 'fsdp',
   'vocab': 'tensor',
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
-  'expert': None,
+  'expert': 'expert',
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None, *, expert: int = 1) -> Mesh:
   """A mesh over all devices; one of the sizes may be -1 (what is left). Raises ValueError where the product does not fit."""
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor, 'expert': expert}
   free = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -36,7 +36,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None) ->
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f'mesh: {sizes} does not cover the {len(devices)} devices here')
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -75,7 +75,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def put_rows(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Host arrays [N, ...] -> global arrays, rows over (data, fsdp). Raises ValueError where N does not divide."""
+  """Host arrays [N, ...] -> global arrays, rows over the mesh. Raises ValueError where N does not divide."""
 
   def put(path, x):
     name = jax.tree_util.keystr(path, simple=True, separator='.')

@@ -24,7 +24,6 @@ from etils import epath
 
 from rl_reasoning import (
   build,
-  checkpoint,
   config as config_lib,
   data,
   data_settings,
@@ -34,7 +33,6 @@ from rl_reasoning import (
   filters,
   inference,
   train,
-  weights,
 )
 from rl_reasoning.config import check, coerce, flatten, to_dict
 
@@ -248,10 +246,7 @@ def run_export(settings: Settings, workdir: str, overwrite: bool) -> dict[str, A
   for left in target.parent.glob(f'.{target.name}.*.part'):  # of a save that was killed
     left.rmtree()
   if not target.exists():
-    tok, heads = build.run_config(source, 'roles', 'policy', 'tokenizer'), build.heads_in(source)
-    head = 'lm' if 'lm' in heads else 'scalar'
-    params = checkpoint.restore_params(source, 'policy')
-    weights.save(params, build.read_arch(source), workdir, None if tok == 'bytes' else tok, (head,), build.score_shift(source))
+    build.export(source, workdir)
   return {'checkpoint': source, 'evaluators': {}}
 
 

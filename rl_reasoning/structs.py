@@ -58,6 +58,8 @@ class Rollout:
   logp_NC: Array  # float32, log-probability under the distribution sampled from; 0 after the end
   length_N: Array  # int32, the end token counted
   truncated_N: Array  # bool, no end token within the limit
+  # object [N]: int32 [tokens of prompt and completion but the last, layers, k], the experts of each; None where they are not recorded
+  chosen_N: Maybe = None
 
 
 @struct.dataclass

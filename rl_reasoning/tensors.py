@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -70,6 +70,16 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
     except (safetensors.SafetensorError, OSError) as error:
       raise ConfigError(f'{file}: truncated or no safetensors file: {error}') from None
   return dequantised(result, eighths, folder)
+
+
+def stored_kinds(folder: pathlib.Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+  """(dtype, shape) of every tensor of a folder, as safetensors calls it."""
+  import safetensors
+
+  for file in safetensors_files(folder)[0]:
+    with safetensors.safe_open(file, framework='np') as opened:
+      for part in map(opened.get_slice, opened.keys()):
+        yield part.get_dtype(), tuple(part.get_shape())
 
 
 def eighth(file: pathlib.Path, name: str, at: Slices) -> np.ndarray:

@@ -83,9 +83,11 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-  """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config."""
+  """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config. `added`: further
+  tokens, which come out of text as one id each. Like the tags of published reasoning models they are not special: whoever decodes without
+  special tokens still sees them."""
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, added: Sequence[str] = ()):
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it advises PyTorch, which nothing here needs
     import transformers
 
@@ -107,6 +109,11 @@ class HFTokenizer:
       raise ValueError(f'tokenizer {path!r}: no end id, neither in the tokenizer nor in generation_config')
     self.end_id = own[0] if own else self.end_ids[0]
     self.pad_id = self.inner.pad_token_id if self.inner.pad_token_id is not None else self.end_ids[0]
+    if added:
+      self.inner.add_tokens([transformers.AddedToken(token, normalized=False, special=False) for token in added])
+    for token in added:
+      if len(self.encode(token)) != 1:
+        raise ValueError(f'tokenizer {path!r}: {token!r} cannot be added: it comes out as {self.encode(token)}')
     self.vocab_size = len(self.inner)
 
   def encode(self, text: str) -> list[int]:
@@ -123,9 +130,18 @@ class HFTokenizer:
     return self.inner.get_vocab()
 
 
+def parts(name: str) -> tuple[str, tuple[str, ...]]:
+  """'FOLDER + <think> </think>' -> (FOLDER, the tokens that are added to its own)."""
+  source, _, added = name.partition(' + ')
+  return source, tuple(added.split())
+
+
 def load(name: str) -> Tokenizer:
-  """'bytes', a folder, or a .gguf file."""
-  return ByteTokenizer() if name == 'bytes' else HFTokenizer(str(pathlib.Path(name).expanduser()))
+  """'bytes', a folder, or a .gguf file; of the latter two also with tokens to add, see `parts`."""
+  source, added = parts(name)
+  if source == 'bytes' and added:
+    raise ValueError(f"tokenizer {name!r}: 'bytes' takes no further tokens")
+  return ByteTokenizer() if source == 'bytes' else HFTokenizer(str(pathlib.Path(source).expanduser()), added)
 
 
 def check_template(template: str) -> None:

@@ -105,7 +105,7 @@ def loop(
 ) -> TrainState:
   """From `state` to the last step: collect, score, prepare, update, and what is told of it."""
   config, root = run.config, jax.random.key(run.config.seed)
-  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  flops = run.flops(state)
 
   def last_or_every(step: int, every: int) -> bool:
     return bool(every) and (step % every == 0 or step == config.total_steps)
@@ -113,9 +113,8 @@ def loop(
   def run_evaluators():
     if problems:
       folder = writer.workdir / 'samples' / f'step_{state.step:06d}'
-      writer.evaluation(
-        state.step, evaluators.evaluate_all(run, state.params['policy'], problems, folder, {**state.frozen, **state.moving})
-      )
+      params, frozen = run.weights(state)
+      writer.evaluation(state.step, evaluators.evaluate_all(run, params, problems, folder, frozen))
 
   if state.step == 0 and config.eval.at_start:
     run_evaluators()
@@ -145,7 +144,7 @@ def loop(
     state = state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered))
     state = sync_moving(run, updates, state)
     if last_or_every(step, config.log_every):
-      values |= metrics.mfu(parameters, phase.tokens, timer.seconds['update'])
+      values |= metrics.mfu(flops, phase.tokens, timer.seconds['update'])
       values |= {k: v for k, v in got.cursor.items() if k.startswith('pass_rate/')}
       values |= {'num_tokens': got.cursor['num_tokens'], **timer.metrics(), 'step_time': time.perf_counter() - start}
       writer.write(step, values)

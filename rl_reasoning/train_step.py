@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rl_reasoning import experts
 from rl_reasoning.advantages import weigh
 from rl_reasoning.metrics import merge
 from rl_reasoning.model import Net
@@ -45,10 +46,17 @@ def undeal(batch: PyTree, rows_together: int) -> PyTree:
   return jax.tree.map(join, batch)
 
 
+def plain_weights(params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree]:
+  return params, frozen
+
+
 def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.GradientTransformation], schedule: Callable, micro_batch: int,
-               max_completion_length: int, shardings: PyTree | None = None) -> Steps:  # fmt: skip
+               max_completion_length: int, shardings: PyTree | None = None, whole: Callable = plain_weights,
+               routers: Mapping[str, tuple[int, int]] = {}, router_bias_rate: float = 0.0) -> Steps:  # fmt: skip
   """The jitted functions of one run. `shardings` (of params and opt) keeps the state where it was born. Each trainable role has its
-  optimizer, with a clip of its own; `schedule` is the policy's.
+  optimizer, with a clip of its own; `schedule` is the policy's. `whole(params, frozen)` are the weights that the networks run on, where
+  those that are trained are only a part of them (adapters). `routers`: of trainable roles with experts (layers, experts), whose loads are
+  measured.
 
   `micro_batch` counts rows over all devices, 0 the whole batch. Batches reach it checked (build.py): every split divides.
   """
@@ -59,6 +67,7 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
 
   @jax.jit
   def score(params, frozen, batch):
+    params, frozen = whole(params, frozen)
     count = pieces(batch.tokens.shape[0])
     if count == 1:
       return objective.score(nets, params, frozen, batch)
@@ -70,15 +79,19 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
     batch = batch.replace(weight_NT=weight)
 
     def one(rows):
-      def loss(params):
-        value, metrics = objective.loss(nets, params, frozen, aux, rows)
+      def loss(params, loads):
+        joined, others = whole(params, frozen)
+        for role, load in loads.items():
+          joined = {**joined, role: {**joined[role], 'layers': {**joined[role]['layers'], experts.LOAD: load}}}
+        value, metrics = objective.loss(nets, joined, others, aux, rows)
         return value, {'loss': Sum(value), **metrics}
 
-      return jax.grad(loss, has_aux=True)(params)
+      loads = {role: jnp.zeros(shape, jnp.float32) for role, shape in routers.items()}
+      return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, loads)
 
     count = pieces(batch.tokens.shape[0])
     if count == 1:
-      grads, metrics = one(batch)
+      (grads, loads), metrics = one(batch)
     else:
       dealt = deal(batch, count, together)
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], dealt)))
@@ -88,17 +101,23 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
         grads, metrics = one(rows)
         return (jax.tree.map(jnp.add, total[0], grads), merge(total[1], metrics)), None
 
-      (grads, metrics), _ = jax.lax.scan(add, zeros, dealt)
+      ((grads, loads), metrics), _ = jax.lax.scan(add, zeros, dealt)
     # Sums over micro-batches are whole now; over updates they average.
     metrics = {k: Mean(v.value, jnp.float32(1)) if isinstance(v, Sum) else v for k, v in metrics.items()}
     for role, grad in grads.items():
       name = 'grad_norm' if role == 'policy' else f'grad_norm/{role}'
       metrics[name] = Mean(optax.global_norm(grad), jnp.float32(1))
     metrics['learning_rate'] = Mean(jnp.asarray(schedule(updates), jnp.float32), jnp.float32(1))
+    for name, value in experts.balance(loads['policy']).items() if 'policy' in loads else ():
+      metrics[name] = Mean(value, jnp.float32(1))
     new_params, new_opt = {}, {}
     for role, grad in grads.items():
       change, new_opt[role] = optimizers[role].update(grad, opt[role], params[role])
       new_params[role] = optax.apply_updates(params[role], change)
+      if router_bias_rate and 'router_bias' in new_params[role]['layers']:  # its gradient is 0, so that the optimizer has left it
+        layers = new_params[role]['layers']
+        bias = experts.balanced(layers['router_bias'], loads[role], router_bias_rate)
+        new_params[role] = {**new_params[role], 'layers': {**layers, 'router_bias': bias}}
     return new_params, new_opt, updates + 1, metrics
 
   keep = None if shardings is None else (shardings['params'], shardings['opt'], None, None)

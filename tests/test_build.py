@@ -28,12 +28,15 @@ from rl_reasoning import (
   pipeline,
   rollout,
   sharding,
+  train,
+  weights,
 )
 from rl_reasoning.config import ConfigError
 from rl_reasoning.objectives.grpo import SETTINGS as SETTINGS_OF_GRPO, Given, Grpo
 from rl_reasoning.objectives.sft import Sft
 from rl_reasoning.presets import PRESETS
 from rl_reasoning.structs import Batch, Rollout
+from rl_reasoning.tokenizer import load as load_tokenizer
 from tests.test_distill import make_teacher
 from tests.test_tokenizer import make_folder
 
@@ -67,6 +70,9 @@ SETTINGS = {
     },
   }),
 }  # fmt: skip
+SETTINGS['grpo, experts'] = config.merge(GRPO, {'model': {'arch': {
+  'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16, 'scoring_func': 'sigmoid',
+}}})  # fmt: skip
 SETTINGS['grpo, mixture'] = {**GRPO, 'data': {
   **{k: v for k, v in GRPO['data'].items() if k != 'train_size'}, 'curriculum': 'pass_rate',
   'mixture': {'a': {'task': 'arithmetic', 'path': '', 'options': {}, 'train_size': 64, 'weight': 1.0}},
@@ -88,13 +94,19 @@ SETTINGS |= {
   'dpo': config.override(PAIRS, 'objective', {'name': 'dpo'}),
   **{name: config.override(PAIRS, 'objective', {'name': name}) for name in ('simpo', 'orpo', 'cpl')},
   'online_dpo': config.override(config.override(GRPO, 'objective', {'name': 'online_dpo'}), 'data.batch_size', 8),
-  'distill': config.merge(SHARED, {
-    'data': {'batch_size': 8, 'max_prompt_length': 32, 'max_length': 64},
-    'objective': {'name': 'distill', 'num_generations': 4, 'on_policy_fraction': 0.5},
-    'rollout': {'max_completion_length': 16},
-    'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
-  }),
-}  # fmt: skip
+  'distill': config.merge(
+    SHARED,
+    {
+      'data': {'batch_size': 8, 'max_prompt_length': 32, 'max_length': 64},
+      'objective': {'name': 'distill', 'num_generations': 4, 'on_policy_fraction': 0.5},
+      'rollout': {'max_completion_length': 16},
+      'roles': {'teacher': {'init': make_teacher(FOLDER.name), 'tokenizer': 'bytes'}},
+    },
+  ),
+}
+SETTINGS['sft, adapters'] = config.merge(SFT, {
+  'roles': {'policy': SETTINGS['distill']['roles']['teacher']}, 'lora': {'rank': 2},
+})  # fmt: skip
 
 
 def crash(prompts, completions, *, answer, bonus: float = 0.0, **columns):
@@ -116,8 +128,8 @@ def resolve(settings):
 
 def keys(name: str) -> tuple[dict, set[str]]:
   """(the keys of a resolved config of SETTINGS with their values, those that cannot act in it)."""
-  resolved, objective, _ = resolve(SETTINGS[name])
-  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective))
+  resolved, objective, arch = resolve(SETTINGS[name])
+  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective, arch))
 
 
 # Another value for every key that can show in a step's rows and programs.
@@ -139,7 +151,8 @@ OTHER = {
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
   'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
-  'optim.grad_clip': 0.5, 'optim.micro_batch': 8,
+  'optim.grad_clip': 0.5, 'optim.micro_batch': 8, 'optim.router_replay': True, 'optim.router_bias_rate': 0.01,
+  'lora.alpha': 5.0, 'lora.targets': '.*/(q|o)',
   'mesh.fsdp': 2, 'mesh.tensor': 2,
   'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
   'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
@@ -169,6 +182,7 @@ OTHER = {
 REFUSED = {
   'roles.policy.init': ('/no/such', "config key 'roles.policy.init': '/no/such' does not exist"),
   'roles.policy.tokenizer': ('/no/such', "config key 'roles.policy.tokenizer': '/no/such'"),
+  'lora.rank': (3, "config key 'lora.rank': roles.policy.init is empty"),
   'roles.ref.init': ('/no/such', "'/no/such' does not exist"),
   'roles.critic.init': ('/no/such', "config key 'roles.critic.init': '/no/such' does not exist"),
   'roles.teacher.init': ('/no/such', "config key 'roles.teacher.init': '/no/such' does not exist"),
@@ -191,6 +205,7 @@ REFUSED = {
   'data.max_length': (8, "config key 'data.max_length': 8, but a row has"),
   'data.max_prompt_length': (4, "config key 'data.max_prompt_length': 4, but"),
   'objective.name': ('no such', "config key 'objective.name': 'no such' is none of"),
+  'mesh.expert': (2, "config key 'mesh.expert': 2, but the policy has no experts"),
   'mesh.data': (4, "'data': 4"),
   'rollout.top_k': (5, 'top_k, top_p and min_p must be off'),
   'rollout.top_p': (0.5, 'top_k, top_p and min_p must be off'),
@@ -617,7 +632,7 @@ def test_configs(monkeypatch):
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
-  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', *given):
+  for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', 'lora_nano', *given):
     pipeline.check_stages(config.read_file(f'configs/{file}.py:{given.get(file, "seed=0")}')['stages'], '/no/such')
 
 
@@ -645,7 +660,7 @@ def test_explain():
   sizes = [np.prod(w.shape) for w in jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)]
   assert got == {
     'config': config.to_dict(resolved), 'hash': config.digest(config.to_dict(resolved)), 'devices': 8, 'parameters': sum(sizes),
-    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective),
+    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective, arch),
     'formula': objective.formula(),
   }  # fmt: skip
   assert {'objective.kl_estimator', 'data.max_length', 'eval.size', 'roles.ref.init'} <= got['inert_defaults'].keys()
@@ -750,3 +765,38 @@ def test_factored_optimizer_on_a_mesh():
   optimizer, _ = optim.make(config.Optim(name='adafactor'), 1)
   placed = build.optimizer_shardings(mesh, optimizer, shapes, build.param_shardings(mesh, arch))
   jax.jit(optimizer.init, out_shardings=placed).lower(shapes)
+
+
+def test_added_tokens_grow_the_embedding(tmp_path, capsys):
+  """Failure: rows of an embedding move when tokens are added, a role or a later run does not know them, or an export forgets them."""
+  folder = make_folder(tmp_path / 'tok')
+  arch = model.Arch(261, 8, 16, 1, 2, 1, 4, tie_word_embeddings=False)
+  weights.save(model.init(jax.random.key(0), arch), arch, str(tmp_path / 'base'), folder)
+  source, name = str(tmp_path / 'base'), f'{tmp_path / "base"} + <think> </think>'
+  shared = {
+    'total_steps': 1, 'data': {'train_size': 16, 'batch_size': 8, 'max_length': 96, 'cache_dir': str(tmp_path / 'cache')},
+    'roles': {'policy': {'init': source, 'tokenizer': name}},
+  }  # fmt: skip
+  run = build.build(config.resolve(shared))
+  assert 'the embedding grows from 261 to 320 rows' in capsys.readouterr().out
+  with jax.set_mesh(run.mesh):
+    params = run.init().params['policy']
+  old = weights.load(source, arch)
+  for key in ('embed', 'lm_head'):
+    np.testing.assert_array_equal(params[key][:261], old[key])
+    np.testing.assert_allclose(params[key][261:], np.broadcast_to(np.mean(old[key], axis=0), (59, 8)), atol=1e-6)
+  train.train(config.resolve(shared), str(tmp_path / 'run'))
+  again = build.build(config.resolve({**shared, 'roles': {'policy': {'init': str(tmp_path / 'run')}}}))
+  assert again.arch.vocab_size == 320 and len(again.tokenizer.encode('<think>')) == 1
+  build.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  assert len(load_tokenizer(str(tmp_path / 'out')).encode('</think>')) == 1
+  assert weights.read_arch(str(tmp_path / 'out')).vocab_size == 320
+  grpo = {'objective': {'name': 'grpo', 'beta': 0.1}, 'rewards': {'functions': ('format',)}}
+  with_ref = config.merge({k: v for k, v in shared.items() if k != 'data'}, {
+    **grpo, 'data': {'train_size': 16, 'batch_size': 8, 'max_prompt_length': 64}, 'roles': {'ref': {'init': source}},
+  })  # fmt: skip
+  resolve(with_ref)
+  assert "'lora.rank': the embedding is not trained" in refusal(resolve, {**shared, 'lora': {'rank': 2}})
+  assert "'roles.policy.tokenizer': 'bytes + <x>'" in refusal(
+    resolve, config.override(shared, 'roles.policy.tokenizer', 'bytes + <x>')
+  )

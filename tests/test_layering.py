@@ -24,8 +24,8 @@ LEVELS = (
     'api',
     'verify',
   ),
-  ('tasks', 'rope', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
-  ('presets', 'families', 'tensors', 'weights', 'lora', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
+  ('tasks', 'lora', 'rope', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
+  ('presets', 'families', 'tensors', 'weights', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
   (
     'evaluators',
@@ -63,8 +63,8 @@ MODULES = {module_name(path): path for path in sorted((ROOT / 'rl_reasoning').rg
 
 
 def part(module: str) -> str:
-  """The name in the table: that of a module, or of the folder it is in."""
-  return module.split('.')[1]
+  """The name in the table: that of a module, or of the folder it is in. A folder's command line stands with the other commands."""
+  return 'evaluate' if module.endswith('.__main__') else module.split('.')[1]
 
 
 def named(path: pathlib.Path) -> set[str]:

@@ -55,7 +55,7 @@ def test_mfu(monkeypatch):
   assert metrics.mfu(10**6, 1000, 1.0) == {}
   monkeypatch.setattr(jax, 'devices', lambda: [SimpleNamespace(device_kind='NVIDIA H100 80GB HBM3')])
   monkeypatch.setattr(jax, 'device_count', lambda: 2)
-  assert metrics.mfu(500_000_000, 100_000, 2.0) == {'mfu': pytest.approx(6 * 5e8 * 1e5 / 2 / (2 * 989e12))}
+  assert metrics.mfu(6 * 500_000_000, 100_000, 2.0) == {'mfu': pytest.approx(6 * 5e8 * 1e5 / 2 / (2 * 989e12))}
 
 
 @pytest.fixture(params=['here', 'gs'])

@@ -62,7 +62,7 @@ def test_log_probabilities_are_the_trainers(params, prompts, rolled):
 def test_ends(rolled):
   """Failure: an end token is dropped, only one of several is honoured, something follows it, or a cut completion is not flagged."""
   last = []
-  for tokens, logp, length, cut in zip(*(getattr(rolled, f.name) for f in dataclasses.fields(rolled)), strict=True):
+  for tokens, logp, length, cut in zip(rolled.tokens_NC, rolled.logp_NC, rolled.length_N, rolled.truncated_N, strict=True):
     assert 1 <= length <= 20 and not set(tokens[: length - 1].tolist()) & set(END)
     assert np.all(tokens[length:] == 0) and np.all(logp[length:] == 0) and np.all(logp[:length] < 0)
     assert cut == (tokens[length - 1] not in END) and (not cut or length == 20)

@@ -14,7 +14,8 @@ from rl_reasoning.structs import DATA, Batch
 )
 def test_mesh(sizes, shape):
   """Failure: -1 is not what is left of the devices, or the axes are called otherwise."""
-  assert dict(sharding.make_mesh(*sizes).shape) == dict(zip(('data', 'fsdp', 'tensor'), shape))
+  assert dict(sharding.make_mesh(*sizes).shape) == dict(zip(('data', 'fsdp', 'tensor', 'expert'), (*shape, 1)))
+  assert dict(sharding.make_mesh(-1, 2, 1, expert=2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 1, 'expert': 2}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_named():
   """Failure: a weight lies on other devices than its axes say, or an indivisible one fails without name, axis and size."""
   mesh = sharding.make_mesh(2, 2, 2)
   assert sharding.named(mesh, (3, 8, 6), ('layer', 'embed', 'heads'), 'q').spec == PartitionSpec(None, 'fsdp', 'tensor')
-  assert sharding.named(mesh, (4, 5), ('rows', None), 'x').spec == PartitionSpec(('data', 'fsdp'), None)
+  assert sharding.named(mesh, (4, 5), ('rows', None), 'x').spec == PartitionSpec(('expert', 'data', 'fsdp'), None)
   with pytest.raises(ValueError, match=r"weight q: axis 'heads' of size 5 does not divide over 2 devices"):
     sharding.named(mesh, (3, 8, 5), ('layer', 'embed', 'heads'), 'weight q')
   assert [sharding.axis_size(mesh, axis) for axis in ('rows', 'layer', 'vocab')] == [4, 1, 2]

@@ -7,6 +7,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, pre_tokenizers
 
+from rl_reasoning import weights
 from rl_reasoning.config import ConfigError
 from rl_reasoning.tokenizer import (
   THINK_INSTRUCTION,
@@ -231,3 +232,18 @@ def test_thinking_opened_by_the_prompt():
     assert from_thinking(prompt, 't</think>') == '<think>t</think>'
   for prompt in ('q', '<think> q', '', [{'role': 'user', 'content': '<think>'}]):
     assert from_thinking(prompt, 't</think>') == 't</think>'
+
+
+def test_added_tokens(tmp_path):
+  """Failure: an added token comes out as several ids, moves the others, or is lost when the tokenizer is saved."""
+  folder = make_folder(tmp_path / 'own')
+  plain, more = load(folder), load(f'{folder} + <think> </think>')
+  text = 'he <think>he</think> he'
+  ids = more.encode(text)
+  assert more.decode(ids) == text and more.vocab_size == plain.vocab_size + 2
+  assert [ids.count(plain.vocab_size + i) for i in (0, 1)] == [1, 1] and more.encode('he he') == plain.encode('he he')
+  (tmp_path / 'saved').mkdir()
+  weights.save_tokenizer(f'{folder} + <think> </think>', (tmp_path / 'saved').absolute())
+  assert load(str(tmp_path / 'saved')).encode(text) == ids
+  with pytest.raises(ValueError, match="'bytes' takes no further tokens"):
+    load('bytes + <x>')

@@ -342,7 +342,9 @@ def permuted(x, heads):
   return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=()):
+def write_gguf(
+  path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=(), theta=500.0, head_dim=None,
+):  # fmt: skip
   """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and a few merges."""
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_block_count(2)
@@ -350,7 +352,9 @@ def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', e
   writer.add_feed_forward_length(48)
   writer.add_head_count(heads)
   writer.add_head_count_kv(2)
-  writer.add_rope_freq_base(500.0)
+  writer.add_rope_freq_base(theta)
+  if head_dim:
+    writer.add_key_length(head_dim)
   if 'dimension' in rope:
     writer.add_rope_dimension_count(rope['dimension'])
   if 'scaling' in rope:
@@ -369,7 +373,7 @@ def write_gguf(path, tensors, pre='smollm', kind='gpt2', architecture='llama', e
            'post_attention_layernorm': 'ffn_norm', 'self_attn.': 'attn_', 'mlp.': 'ffn_', 'o_proj': 'output', '_proj': '',
            'model.layers': 'blk'}  # fmt: skip
   for name, x in tensors.items():
-    if 'q_proj' in name or 'k_proj' in name:
+    if architecture == 'llama' and ('q_proj' in name or 'k_proj' in name):
       x = permuted(x, 4 if 'q_proj' in name else 2)
     for old, new in short.items():
       name = name.replace(old, new)
@@ -396,6 +400,94 @@ def test_gguf_loads_what_it_was_made_from(tmp_path, llama):
   tied = write_gguf(tmp_path / 'tied.gguf', without('lm_head.weight')(llama))
   assert weights.read_arch(tied) == dataclasses.replace(weights.read_arch(path), tie_word_embeddings=True)
   assert 'lm_head' not in read(tied)
+
+
+@pytest.mark.parametrize('name', ['qwen2', 'qwen3'])
+def test_gguf_of_other_families(name, tmp_path):
+  """Failure: their rows are put in llama's order, or biases and norms of heads are lost."""
+  arch = weights.read_arch(str(FIXTURES / name))
+  tensors = load_file(FIXTURES / name / 'model.safetensors')
+  path = write_gguf(tmp_path / 'one.gguf', tensors, 'qwen2', architecture=name, theta=arch.rope_theta, head_dim=arch.head_dim)
+  assert weights.read_arch(path) == dataclasses.replace(arch, rms_norm_eps=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), read(path), weights.load(str(FIXTURES / name), arch))
+  tok = load_gguf_tokenizer(path)
+  assert tok.decode(tok.encode("he's 123")) == "he's 123"
+
+
+def half(x):
+  return np.frombuffer(np.float16(x).tobytes(), np.uint8)
+
+
+def q4_k(rng):
+  """(144 bytes, the 256 numbers that they are) by llama.cpp's ggml-quants.c."""
+  d, least, packed, qs = (
+    np.float16(0.01),
+    np.float16(0.02),
+    rng.integers(0, 256, 12, np.uint8),
+    rng.integers(0, 256, 128, np.uint8),
+  )
+  q, y = packed.astype(int), []
+  for j in range(8):
+    scale, low = (q[j] & 63, q[j + 4] & 63) if j < 4 else (
+      (q[j + 4] & 15) | (q[j - 4] >> 6) << 4, (q[j + 4] >> 4) | (q[j] >> 6) << 4)  # fmt: skip
+    part = qs[32 * (j // 2) : 32 * (j // 2) + 32].astype(int)
+    y.append(np.float32(d) * scale * (part >> 4 if j % 2 else part & 15) - np.float32(least) * low)
+  return np.concatenate([half(d), half(least), packed, qs]), np.concatenate(y)
+
+
+def q6_k(rng):
+  """(210 bytes, the 256 numbers that they are)."""
+  ql, qh = (rng.integers(0, 256, n, np.uint8) for n in (128, 64))
+  scales, d, y = rng.integers(-128, 128, 16).astype(np.int8), np.float16(0.001), []
+  for n in range(2):
+    low, high = ql[64 * n : 64 * n + 64].astype(int), qh[32 * n : 32 * n + 32].astype(int)
+    for part in range(4):
+      nibble = low[32 * (part % 2) : 32 * (part % 2) + 32] >> 4 * (part // 2) & 15
+      value = (nibble | (high >> 2 * part & 3) << 4) - 32
+      y.append(np.float32(d) * np.repeat(scales[8 * n + 2 * part : 8 * n + 2 * part + 2].astype(int), 16) * value)
+  return np.concatenate([ql, qh, scales.view(np.uint8), half(d)]), np.concatenate(y)
+
+
+def quantised(kind, shape, rng):
+  """(bytes [rows, bytes a row], numbers [rows, columns]) of random weights; of the types that the library cannot write, by their layout."""
+  if kind in ('Q4_K', 'Q6_K'):
+    blocks = [{'Q4_K': q4_k, 'Q6_K': q6_k}[kind](rng) for _ in range(shape[0] * shape[1] // 256)]
+    return tuple(np.stack(part).reshape(shape[0], -1) for part in zip(*blocks))
+  x = rng.normal(size=shape).astype(np.float32)
+  stored = gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind])
+  return stored, gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[kind])
+
+
+@pytest.mark.parametrize('kind, error', [
+  ('F32', 0), ('F16', 2e-3), ('Q8_0', 0.03), ('Q4_0', 0.5), ('Q4_1', 0.4), ('Q4_K', None), ('Q6_K', None),
+])  # fmt: skip
+def test_quantised_gguf(kind, error, tmp_path):
+  """Failure: a quantisation is read as another, or its rows are mixed up when heads are put in order."""
+  rng, D, heads, types = np.random.default_rng(0), 256, 4, gguf.GGMLQuantizationType
+  path = tmp_path / 'one.gguf'
+  writer = gguf.GGUFWriter(path, 'llama')
+  for add, value in ((writer.add_block_count, 1), (writer.add_embedding_length, D), (writer.add_feed_forward_length, D),
+                     (writer.add_head_count, heads), (writer.add_head_count_kv, heads), (writer.add_layer_norm_rms_eps, 1e-5)):  # fmt: skip
+    add(value)
+  numbers = {}
+  parts = ('attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down')
+  for name in ('token_embd', *(f'blk.0.{part}' for part in parts)):
+    stored, numbers[name] = quantised(kind, (D, D), rng)
+    writer.add_tensor(f'{name}.weight', stored, raw_dtype=types[kind])
+  for name in ('output_norm', 'blk.0.attn_norm', 'blk.0.ffn_norm'):
+    writer.add_tensor(f'{name}.weight', np.ones(D, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  params = read(str(path))
+  np.testing.assert_allclose(params['embed'], numbers['token_embd'], rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(params['layers']['down'][0], numbers['blk.0.ffn_down'].T, rtol=1e-6, atol=1e-7)
+  q = numbers['blk.0.attn_q'].reshape(heads, 32, 2, D).swapaxes(1, 2).reshape(heads, 64, D)
+  np.testing.assert_allclose(params['layers']['q'][0], np.moveaxis(q, 2, 0), rtol=1e-6, atol=1e-7)
+  if error is not None:  # what the library wrote is near what was to be written
+    again = np.random.default_rng(0).normal(size=(D, D)).astype(np.float32)
+    assert np.abs(params['embed'] - again).max() <= error
 
 
 def test_bad_gguf_is_refused_by_name(tmp_path, llama):
@@ -434,8 +526,8 @@ def test_gguf_tokenizer(tmp_path, llama):
   for text in ('hello world', '  two  spaces\n\tand 1234.5', 'naïve 你好 🙂', '<|user|>hi<|end|>\n'):
     assert tokenizer.decode(tokenizer.encode(text)) == text
   assert tokenizer.decode(tokenizer.encode('hello<tool><|end|>'), skip_special_tokens=True) == 'hello<tool>'
-  with pytest.raises(ConfigError, match=r"pre\.gguf: pre-tokenizer 'llama-bpe' is none of smollm"):
-    load_gguf_tokenizer(write_gguf(tmp_path / 'pre.gguf', llama, pre='llama-bpe'))
+  with pytest.raises(ConfigError, match=r"pre\.gguf: pre-tokenizer 'refact' is none of smollm"):
+    load_gguf_tokenizer(write_gguf(tmp_path / 'pre.gguf', llama, pre='refact'))
   with pytest.raises(ConfigError, match=r"kind\.gguf: tokenizer model 'llama'"):
     load_gguf_tokenizer(write_gguf(tmp_path / 'kind.gguf', llama, kind='llama'))
 

@@ -8,6 +8,7 @@ are compared before the first tensor is read, and every weight is built and put 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,21 +16,22 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, model
-from rl_reasoning.config import ConfigError, check
+from rl_reasoning import families, lora, model, tokenizer
+from rl_reasoning.config import ConfigError, Lora, check
 from rl_reasoning.families import hf_arch, make_arch, read_json
-from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer, metadata, open_gguf
+from rl_reasoning.gguf_tokenizer import metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors, whole
-from rl_reasoning.tokenizer import HFTokenizer
 
 CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
@@ -74,19 +76,19 @@ def score_shift(path: str) -> float:
 
 def gguf_arch(path: str) -> Arch:
   family = metadata(path, 'general.architecture')
-  check(family == 'llama', f"{path}: general.architecture {family!r} is not 'llama'")
+  check(family in GGUF_FAMILIES, f'{path}: general.architecture {family!r} is none of {", ".join(GGUF_FAMILIES)}')
 
   def get(key: str, *default: Any) -> Any:
-    value = metadata(path, f'llama.{key}', *default)
+    value = metadata(path, f'{family}.{key}', *default)
     # Metadata are float32: the shortest decimal that reads back as the same one is what config.json said (1e-5, not 9.99999975e-06).
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
   kind = get('rope.scaling.type', 'none')
-  check(kind == 'none', f'{path}: llama.rope.scaling.type {kind!r} is not built, only the default one is')
+  check(kind == 'none', f'{path}: {family}.rope.scaling.type {kind!r} is not built, only the default one is')
   shapes = {tensor.name: tensor.shape.tolist() for tensor in open_gguf(path).tensors}
   check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
   heads, D = get('attention.head_count'), get('embedding_length')
-  check(isinstance(heads, int) and heads > 0, f'{path}: llama.attention.head_count {heads!r} is no positive integer')
+  check(isinstance(heads, int) and heads > 0, f'{path}: {family}.attention.head_count {heads!r} is no positive integer')
   arch = make_arch(path, {
     'vocab_size': shapes['token_embd.weight'][-1],
     'hidden_size': D,
@@ -98,9 +100,10 @@ def gguf_arch(path: str) -> Arch:
     'rope_theta': get('rope.freq_base', 10_000.0),
     'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
     'tie_word_embeddings': 'output.weight' not in shapes,
+    **GGUF_FAMILIES[family],
   })  # fmt: skip
   turned = get('rope.dimension_count', arch.head_dim)
-  check(turned == arch.head_dim, f'{path}: llama.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
+  check(turned == arch.head_dim, f'{path}: {family}.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
   return arch
 
 
@@ -137,10 +140,12 @@ def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
   return found
 
 
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 GGUF_BLOCK = {
   'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj', 'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
+  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
   'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
 }  # fmt: skip
 
@@ -161,11 +166,14 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
       x = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
       raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    if heads:  # rows of a head lie as the pairs that RoPE turns: 0, H/2, 1, H/2 + 1, ...; Hugging Face splits a head in halves
+    if (
+      heads
+    ):  # of llama alone: rows of a head lie as the pairs that RoPE turns, 0, H/2, 1, ...; Hugging Face splits a head in halves
       x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x[at]
 
-  heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  paired_heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
+  heads = paired_heads if metadata(path, 'general.architecture') == 'llama' else {}
   result = {}
   for tensor in open_gguf(path).tensors:
     paired = heads.get('.'.join(tensor.name.split('.')[2:]))
@@ -274,17 +282,26 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
-def save_tokenizer(source: str, folder: pathlib.Path) -> None:
+def has_tokenizer(path: str) -> bool:
+  return is_gguf(path) or any(
+    (pathlib.Path(path) / name).is_file() for name in TOKENIZER_FILES if name != 'generation_config.json'
+  )
+
+
+def save_tokenizer(name: str, folder: pathlib.Path) -> None:
+  source, added = tokenizer.parts(name)
   if is_gguf(source):
-    tokenizer = load_gguf_tokenizer(source)
-    tokenizer.save_pretrained(folder)
-    ids = {f'{role}_token_id': getattr(tokenizer, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
+    inner = tokenizer.HFTokenizer(source, added).inner
+    inner.save_pretrained(folder)
+    ids = {f'{role}_token_id': getattr(inner, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
     (folder / 'generation_config.json').write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=1))
     return
   files = [file for name in TOKENIZER_FILES if (file := pathlib.Path(source) / name).is_file()]
   check(bool(files), f'{source}: no tokenizer files')
   for file in files:
     shutil.copyfile(file, folder / file.name)
+  if added:
+    tokenizer.HFTokenizer(source, added).inner.save_pretrained(folder)
 
 
 def padding_of_its_own(folder: pathlib.Path) -> int | None:
@@ -293,7 +310,7 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   A sequence classifier reads its score at the last token that is no padding, by id: where the tokenizer pads with the end token, as many
   do, that would be the token before the end. The files then get another special token as padding.
   """
-  tok = HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
+  tok = tokenizer.HFTokenizer(str(folder))  # of which class it is, and so what it adds, goes by config.json
   pad = tok.inner.pad_token_id
   if pad is not None and pad != tok.end_id:
     return pad
@@ -309,8 +326,11 @@ def padding_of_its_own(folder: pathlib.Path) -> int | None:
   return pad
 
 
-def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors under the family's names, float32, one after another: the host holds one of them at a time."""
+DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
+
+
+def published(params: PyTree, table: PyTree, arch: Arch, dtype: str = 'float32') -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors under the family's names, one after another: the host holds one of them at a time."""
   _, theirs = families.rename(families.family_of(arch))
   fused = {name: (joined, list(parts)) for joined, parts in fused_parts(arch).items() for name in parts}
   waiting: dict[str, np.ndarray] = {}
@@ -320,7 +340,7 @@ def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, 
   for w, stacked in weights:
     shape = hf_shape(w)
     for n, name in parts_of(w).items():
-      x = np.asarray(stacked[n], np.float32)
+      x = np.asarray(stacked[n], np.float32 if name.endswith(EXACT) else DTYPES[dtype])
       x = np.ascontiguousarray(x.reshape(shape[::-1]).T if w.fan_in else x.reshape(shape))
       if name not in fused:
         yield theirs(name), x
@@ -330,6 +350,7 @@ def published(params: PyTree, table: PyTree, arch: Arch) -> Iterator[tuple[str, 
         yield theirs(joined), np.concatenate([waiting.pop(part) for part in parts])
 
 
+EXACT = 'mlp.gate.e_score_correction_bias'  # float32 in bfloat16 checkpoints, too
 SHARD_BYTES = 5 * 2**30  # as transformers splits files
 
 
@@ -339,7 +360,7 @@ def write_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
 
   files: list[list[str]] = []
   held: dict[str, np.ndarray] = {}
-  total = 0
+  total = size = 0
 
   def write() -> None:
     safetensors.numpy.save_file(held, folder / f'part{len(files)}', metadata={'format': 'pt'})
@@ -347,9 +368,11 @@ def write_tensors(tensors: Iterator[tuple[str, np.ndarray]], folder: pathlib.Pat
     held.clear()
 
   for name, x in tensors:
-    if held and sum(y.nbytes for y in held.values()) + x.nbytes > shard_bytes:
+    if held and size + x.nbytes > shard_bytes:
       write()
+      size = 0
     held[name] = x
+    size += x.nbytes
     total += x.nbytes
   write()
   if len(files) == 1:
@@ -369,17 +392,20 @@ def save(
   tokenizer_path: str | None = None,
   heads: tuple[str, ...] = ('lm',),
   score_shift: float = 0.0,
+  dtype: str = 'float32',
 ) -> None:
-  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: a folder or a .gguf file.
+  """Writes a Hugging Face folder that transformers reads; all of it or nothing. `tokenizer_path`: as of
+  tokenizer.load, but for bytes. `dtype`: one of
+  DTYPES.
 
   With heads ('scalar',) it is a sequence classifier, of which transformers gives the scores before the shift. Without a tokenizer it knows
   no padding, and transformers refuses batches of several rows.
   """
-  target = pathlib.Path(path).absolute()
-  check(not os.path.lexists(target), f'{path}: exists already')
   check(len(heads) == 1, f'{path}: transformers has no class with the heads {", ".join(heads)}: save one')
+  check(dtype in DTYPES, f'{path}: dtype {dtype!r} is none of {", ".join(DTYPES)}')
   config, table = families.hf_config(arch, CLASSES[heads[0]]), model.weight_table(arch, heads)
   families.check_exports(arch, config)
+  config |= {'dtype': dtype}
   if heads == ('scalar',):
     config |= {
       'num_labels': 1,
@@ -389,19 +415,53 @@ def save(
       'pad_token_id': None,
       'score_shift': score_shift,
     }
-  part = target.with_name(f'.{target.name}.{os.getpid()}.part')
-  part.mkdir(parents=True)
+  with new_folder(path) as part:
 
-  def write_config(**more):
-    (part / 'config.json').write_text(json.dumps({**config, **more}, indent=2) + '\n')
+    def write_config(**more):
+      (part / 'config.json').write_text(json.dumps({**config, **more}, indent=2) + '\n')
 
-  try:
     write_config()
-    write_tensors(published(params, table, arch), part)
+    write_tensors(published(params, table, arch, dtype), part)
     if tokenizer_path:
       save_tokenizer(tokenizer_path, part)
     if heads == ('scalar',) and tokenizer_path:
       write_config(pad_token_id=padding_of_its_own(part))
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[pathlib.Path]:
+  """A folder that is there when it is whole. Raises ConfigError where there is something already."""
+  target = pathlib.Path(path).absolute()
+  check(not os.path.lexists(target), f'{path}: exists already')
+  part = target.with_name(f'.{target.name}.{os.getpid()}.part')
+  part.mkdir(parents=True)
+  try:
+    yield part
     part.rename(target)
   finally:
     shutil.rmtree(part, ignore_errors=True)
+
+
+def save_adapter(
+  adapter: PyTree, arch: Arch, settings: Lora, path: str, base: str, heads: tuple[str, ...] = ('lm',), dtype: str = 'float32'
+) -> None:
+  """Writes the folder of an adapter that peft loads beside the model `base`; all of it or nothing. Raises ConfigError for a family whose
+  projections are fused in transformers: there an adapter of a part is none of the whole."""
+  family = families.family_of(arch)
+  check(
+    not fused_parts(arch), f'{path}: {family} has q, k and v in one matrix, so adapters of each are not its adapters: merge them'
+  )
+  table = lora.table(model.weight_table(arch, heads), settings)
+  _, theirs = families.rename(family)
+  rows = jax.tree.leaves({stack: own for stack, own in table.items() if stack != 'score'}, is_leaf=model.is_weight)
+  modules = dict.fromkeys(name.rpartition('.lora_')[0] for w in rows for name in parts_of(w).values())
+  config = {
+    'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if heads == ('scalar',) else 'CAUSAL_LM', 'base_model_name_or_path': base,
+    'r': settings.rank, 'lora_alpha': settings.alpha, 'lora_dropout': 0.0, 'bias': 'none', 'inference_mode': True,
+    'target_modules': [theirs(name) for name in modules], 'modules_to_save': ['score'] if 'score' in table else None,
+  }  # fmt: skip
+  with new_folder(path) as part:
+    (part / 'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n')
+    tensors = ((f'base_model.model.{name}', x) for name, x in published(adapter, table, arch, dtype))
+    write_tensors(tensors, part, sys.maxsize)
+    (part / 'model.safetensors').rename(part / 'adapter_model.safetensors')

@@ -1,0 +1,30 @@
+"""Adapters against full training at nano scale: SFT on a careful author's chains, and GRPO, each from the demo's base.
+
+Command:  python -m rl_reasoning.pipeline --config=configs/lora_nano.py:seed=0 --workdir=runs/lora_nano
+Hardware: 2 CPU cores. Not run to its end yet: no numbers.
+
+Adapters have ten times the learning rate of the weights, and all else equal.
+"""
+
+from rl_reasoning.config import read_file
+
+
+def get_config(seed: int = 0, rank: int = 8) -> dict:
+  demo = read_file(f'configs/demo.py:seed={seed}')['stages']
+  base, rl = demo['base'], demo['rl']
+  task = rl['data']['options']  # whose rows are clean
+  sft = {
+    **base,
+    'total_steps': 200,
+    'roles': {'policy': {'init': '{workdir}/base'}},
+    'data': {**base['data'], 'options': task, 'batch_size': 64},
+    'optim': {'learning_rate': 1e-3, 'schedule': 'linear', 'warmup_updates': 10},
+    'eval': {**base['eval'], 'every': 200},
+  }
+  sft.pop('model')
+  chosen = {'lora': {'rank': rank}}
+
+  def adapted(stage: dict) -> dict:
+    return {**stage, **chosen, 'optim': {**stage['optim'], 'learning_rate': 10 * stage['optim']['learning_rate']}}
+
+  return {'stages': {'base': base, 'sft': sft, 'sft_lora': adapted(sft), 'rl': rl, 'rl_lora': adapted(rl)}}
