@@ -113,6 +113,11 @@ def run_config(path: str, *keys: str) -> Any:
   return value
 
 
+def adapters_of(run: str) -> Lora:
+  """The section `lora` of a run of ours; one from before there were adapters has none."""
+  return from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
+
+
 def read_arch(source: str) -> Arch:
   return from_mapping(Arch, run_config(source, 'model', 'arch')) if is_run(source) else weights.read_arch(source)
 
@@ -524,7 +529,7 @@ def restore_policy(run: str, arch: Arch, mesh: Mesh) -> PyTree:
   """The policy's weights in a run of ours, with all the heads that it has; adapters are merged. Raises ConfigError where the weights that
   they adapt are not those of then."""
   names, config = checkpoint.weight_names(run, 'policy'), run_config(run)
-  settings = from_mapping(Lora, config.get('lora', {}), 'lora.')
+  settings = adapters_of(run)
   if not settings.rank:
     stored = tuple(head for head, name in (('lm', 'lm_head'), ('scalar', 'score')) if name in names)
     return checkpoint.restore_params(run, 'policy', shardings=param_shardings(mesh, arch, stored))
@@ -546,7 +551,7 @@ def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -
   arch, tok, heads = read_arch(run), run_config(run, 'roles', 'policy', 'tokenizer'), heads_in(run)
   head = 'lm' if 'lm' in heads else 'scalar'
   if adapter:
-    settings = from_mapping(Lora, run_config(run).get('lora', {}), 'lora.')
+    settings = adapters_of(run)
     check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
     check(not score_shift(run), f'{run}: its scores are shifted, which a folder of adapters cannot tell: merge them')
     base, params = run_config(run, 'roles', 'policy', 'init'), checkpoint.restore_params(run, 'policy')

@@ -36,6 +36,11 @@ def fingerprint(tree: PyTree) -> jax.Array:
   return total
 
 
+def fingerprints(roles: dict[str, PyTree]) -> dict[str, int]:
+  """Of each role's weights."""
+  return {role: int(fingerprint(weights)) for role, weights in roles.items()}
+
+
 def items(state: TrainState) -> dict[str, PyTree]:
   """What is saved, in parts that can be read by themselves."""
   return {'params': state.params, 'opt': state.opt, 'rest': {'aux': state.aux, 'moving': state.moving, 'updates': state.updates}}

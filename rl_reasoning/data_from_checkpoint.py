@@ -147,7 +147,7 @@ class Checkpoint:
     self.told = {'checkpoint': self.path, 'fingerprint': fingerprint}
     self.about: dict[str, Any] = {'fingerprint': fingerprint}
     if self.frozen:
-      self.about['frozen'] = {role: int(checkpoint.fingerprint(w)) for role, w in self.frozen.items()}
+      self.about['frozen'] = checkpoint.fingerprints(self.frozen)
 
   def check(self, rows: Sequence[dict]) -> None:
     config, g = self.config, self.job.generate

@@ -158,7 +158,7 @@ def run_evaluation(config: Config, source: str, workdir: str, *, overwrite: bool
     problems = evaluators.test_problems(run)
     evaluators.check_problems(run, problems, chosen)
     about = {'checkpoint': source, 'fingerprint': fingerprint, 'config': settings}
-    about |= {'frozen': {role: int(checkpoint.fingerprint(w)) for role, w in frozen.items()}} if frozen else {}
+    about |= {'frozen': checkpoint.fingerprints(frozen)} if frozen else {}
     open_workdir(folder, FILES, about, 'another evaluation', overwrite)
     finished = folder / 'evaluation.json'
     if finished.exists():

@@ -232,7 +232,7 @@ def sample_variant(bench: Bench, name: str, method: Method, models: Sequence[str
   }
   of = evaluators.identity(run, bench.fingerprint, bench.rows, evaluator, weights)
   code = [pathlib.Path(str(module.__file__)) for module in (rounds, inference_methods)]
-  guided = {role: int(checkpoint.fingerprint(w)) for role, w in weights.items()}
+  guided = checkpoint.fingerprints(weights)
   of |= {'method': config_lib.digest([alike(method), texts, guided]), 'methods_code': data.content_hash(code)[:12]}
   file = evaluators.SampleFile(bench.folder / 'samples', name, of)
   return evaluators.in_batches(f'scale {name}', make, len(bench.rows), method.samples, size, file)
@@ -279,7 +279,7 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
     check(any_gold(rows), 'no problem of the task has a gold answer that can be checked')
     check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
     about = {'checkpoint': source, 'fingerprint': bench.fingerprint, 'config': settings}
-    about |= {'frozen': {role: int(checkpoint.fingerprint(w)) for role, w in frozen.items()}} if frozen else {}
+    about |= {'frozen': checkpoint.fingerprints(frozen)} if frozen else {}
     evaluate.open_workdir(folder, FILES, about, 'the curves of another config', overwrite)
     finished = folder / FILES[1]
     if finished.exists():

@@ -78,7 +78,7 @@ def write_atomically(path: epath.Path, text: str) -> None:
 
 def check_frozen(workdir: epath.Path, state: TrainState) -> None:
   """Frozen weights are not in the checkpoint: their fingerprint is, so that a changed source cannot slip into a resumed run."""
-  path, found = workdir / 'frozen.json', {role: int(checkpoint.fingerprint(p)) for role, p in state.frozen.items()}
+  path, found = workdir / 'frozen.json', checkpoint.fingerprints(state.frozen)
   if path.exists():
     began = read_json(path)
     for role in found.keys() | began.keys():

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 from rl_reasoning import build, lora, model, tensors, tokenizer, weights
 from rl_reasoning.arch import Arch
-from rl_reasoning.config import Lora, Parser, Role, check, exit_code, from_mapping, one_line
+from rl_reasoning.config import Parser, Role, check, exit_code, one_line
 
 
 def size(count: float) -> str:
@@ -66,7 +66,7 @@ def inspect(source: str) -> Iterator[str]:
   total, active = model.count(table), model.count(table, arch)
   yield f'parameters: {total:,}' + (f', of which a token meets {active:,}' if active != total else '')
   if ours:
-    settings = from_mapping(Lora, build.run_config(source).get('lora', {}), 'lora.')
+    settings = build.adapters_of(source)
     if settings.rank:
       trained = model.count(lora.table(table, settings))
       yield f'adapters: rank {settings.rank}, alpha {settings.alpha:g}, {trained:,} parameters ({size(4 * trained)}), of '\
