@@ -1,10 +1,11 @@
 """Greedy continuations of ours against transformers' on the same weights, token for token.
 
-  python -m benchmarks.greedy_parity ours FOLDER_OR_GGUF --out=ours.json
-  python -m benchmarks.greedy_parity theirs FOLDER --out=theirs.json       (where PyTorch is; FOLDER: ours, by weights convert)
+  python -m benchmarks.greedy_parity ours RUN_OR_FOLDER_OR_GGUF --out=ours.json
+  python -m benchmarks.greedy_parity theirs FOLDER [--adapter=FOLDER] --out=theirs.json      (where PyTorch, transformers and peft are)
   python -m benchmarks.greedy_parity compare ours.json theirs.json
 
-20 prompts, 64 tokens each, float32. Where the two part, the gap between the two best logits of theirs is told: below 1e-4 it is a tie.
+20 prompts, 64 tokens each, float32. FOLDER is ours, by `python -m rl_reasoning.weights convert`; with --adapter, peft puts ours on it.
+Where the two part, the gap between the two best logits of theirs is told: below 1e-4 it is a tie.
 """
 
 import argparse
@@ -23,20 +24,26 @@ TOKENS = 64
 def ours(path: str) -> list:
   import jax
 
-  from rl_reasoning import build, config, rollout, tokenizer, weights
+  from rl_reasoning import config, resolution, rollout, sharding, stored, tokenizer
 
-  tok, arch = tokenizer.load(path), build.read_arch(path)
-  params, ids = weights.load(path, arch), [tok.encode(prompt) for prompt in PROMPTS]
+  tok, arch = tokenizer.load(resolution.resolve_tokenizer(config.Role(path))), stored.read_arch(path)
+  params = stored.load_params(path, arch, jax.random.key(0), sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  ids = [tok.encode(prompt) for prompt in PROMPTS]
   settings = config.Rollout(max_completion_length=TOKENS, temperature=0.0)
   rolled = rollout.generate(params, arch, ids, settings=settings, group=1, end_ids=tok.end_ids, key=jax.random.key(0))
   return [[prompt, tokens[:length].tolist()] for prompt, tokens, length in zip(ids, rolled.tokens_NC, rolled.length_N)]
 
 
-def theirs(path: str) -> list:
+def theirs(path: str, adapter: str | None) -> list:
   import torch
   import transformers
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+  model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+  if adapter:
+    import peft
+
+    model = peft.PeftModel.from_pretrained(model, adapter)
+  model.eval()
   tok = transformers.AutoTokenizer.from_pretrained(path)
   found = []
   for prompt in PROMPTS:
@@ -65,11 +72,13 @@ def main() -> None:
   parser.add_argument('what', choices=('ours', 'theirs', 'compare'))
   parser.add_argument('paths', nargs='+')
   parser.add_argument('--out')
+  parser.add_argument('--adapter')
   flags = parser.parse_args()
   if flags.what == 'compare':
     print(json.dumps(compare(*(json.loads(pathlib.Path(path).read_text()) for path in flags.paths))))
   else:
-    pathlib.Path(flags.out).write_text(json.dumps({'ours': ours, 'theirs': theirs}[flags.what](flags.paths[0])))
+    found = ours(flags.paths[0]) if flags.what == 'ours' else theirs(flags.paths[0], flags.adapter)
+    pathlib.Path(flags.out).write_text(json.dumps(found))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 
 import jax
 
-from rl_reasoning import build, model, sharding, weights
+from rl_reasoning import model, sharding, stored, weights
 
 
 def resident() -> int:
@@ -64,7 +64,7 @@ def main() -> None:
       mesh = sharding.make_mesh(*sizes)
       before = resident()
       with Peak() as peak:
-        params = jax.block_until_ready(weights.load(path, arch, build.param_shardings(mesh, arch)))
+        params = jax.block_until_ready(weights.load(path, arch, stored.param_shardings(mesh, arch)))
       shards = sum(shard.data.nbytes for x in jax.tree.leaves(params) for shard in x.addressable_shards)
       largest = max(x.nbytes for x in jax.tree.leaves(params))
       above = peak.bytes - before - shards

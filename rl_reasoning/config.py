@@ -597,7 +597,7 @@ def resolve(settings: Mapping[str, Any]) -> Config:
   for key, names in (('roles.reward', reward_roles(config)), ('rewards.combinations', combined)):
     idle = sorted(names.keys() - used)
     check(not idle, f"config key '{key}.{', '.join(idle)}': rewards.functions does not name it")
-  if config.data.mixture:  # without one the key cannot act: build.inert_sections
+  if config.data.mixture:  # without one the key cannot act: resolution.inert_sections
     check_routes(config)
   return config
 

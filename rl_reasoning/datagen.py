@@ -49,7 +49,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from rl_reasoning import build, config as config_lib, data, data_written, environment, evaluate, train
+from rl_reasoning import config as config_lib, data, data_written, environment, evaluate, resolution, stored, train
 from rl_reasoning.config import Config, check
 from rl_reasoning.data_from_api import Teacher
 from rl_reasoning.data_from_checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def check_job(job: Job, earlier: Sequence[str] = ()) -> None:
   """Raises ConfigError for what can be told wrong before anything is sampled. Runs of `earlier` need not exist yet."""
   config, g, keys_set = job
   check_generate(g, keys_set)
-  idle = build.inert_sections(config)
+  idle = resolution.inert_sections(config)
   ours = {key for key in keys_set if not evaluate.begins(key, ('generate',))}
   read = READ if g.source == 'checkpoint' else ASKED
   dead = [
@@ -102,7 +102,7 @@ def check_job(job: Job, earlier: Sequence[str] = ()) -> None:
   check(
     not rewards.weights or any(rewards.weights) or not paid, "config key 'rewards.weights': all 0, but what is kept goes by them"
   )
-  check_rewards(rewards, config.rollout.max_completion_length, build.model_names(config))
+  check_rewards(rewards, config.rollout.max_completion_length, resolution.model_names(config))
 
 
 def drawn(job: Job) -> list[dict]:
@@ -156,7 +156,7 @@ def generate(job: Job, workdir: str, overwrite: bool = False) -> dict[str, Any]:
     (drawn(job), None) if g.source == 'published' else problems(job)
   )  # several chains of one problem are welcome there
   source.check(rows)
-  check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
+  check(not stored.is_run(workdir), f'--workdir={workdir} holds a training run')
   about = {**source.about, **settings_of(job, config)}
   about |= {'problems': config_lib.digest(rows)} if g.source != 'checkpoint' else {}  # there samples/ knows whose they are
   evaluate.open_workdir(folder, data_written.FILES, about, 'data of another config', overwrite)

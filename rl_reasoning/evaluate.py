@@ -34,8 +34,10 @@ from rl_reasoning import (
   evaluators,
   metrics,
   ranking_evaluator,
+  resolution,
   rewards,
   sharding,
+  stored,
   tables,
   tokenizer,
   train,
@@ -64,7 +66,7 @@ def check_keys(config: Config, keys_set: set[str], overridden: set[str]) -> None
   training = any(begins(key, TRAINING) for key in keys_set - overridden)
   given = overridden if training else keys_set
   check('roles.policy.init' not in given, "config key 'roles.policy.init' cannot act here: --checkpoint stands for it")
-  idle = build.inert_sections(config)
+  idle = resolution.inert_sections(config)
   dead = [repr(key) + (f': {idle[key]}' if key in idle else '') for key in sorted(given) if key in idle or not begins(key, READ)]
   check(not dead, 'config keys that cannot act in an evaluation:\n  ' + '\n  '.join(dead))
 
@@ -74,35 +76,37 @@ def open_run(config: Config, source: str) -> tuple[build.Run, PyTree, dict[str, 
   user got wrong."""
   check(bool(source) and pathlib.Path(source).exists(), f'--checkpoint={source}: does not exist')
   policy = dataclasses.replace(config.roles.policy, init=source)
-  policy = dataclasses.replace(policy, tokenizer=build.resolve_tokenizer(policy), template=build.resolve_template(policy))
+  policy = dataclasses.replace(
+    policy, tokenizer=resolution.resolve_tokenizer(policy), template=resolution.resolve_template(policy)
+  )
   config = dataclasses.replace(config, roles=dataclasses.replace(config.roles, policy=policy))
-  arch = build.resolve_arch(config)
+  arch = resolution.resolve_arch(config)
   tokenizer.check_template(policy.template)
-  rewards.check_rewards(config.rewards, config.rollout.max_completion_length, build.model_names(config))
-  mesh, tok = build.make_mesh(config), build.load_tokenizer(policy, arch)
-  heads = build.heads_in(source)
+  rewards.check_rewards(config.rewards, config.rollout.max_completion_length, resolution.model_names(config))
+  mesh, tok = resolution.make_mesh(config), build.load_tokenizer(policy, arch)
+  heads = stored.heads_in(source)
   judges, frozen = build.load_reward_models(config, mesh)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
   run = build.Run(config, None, arch, tok, mesh, None, None, judges, None, 'lm' in heads)  # type: ignore[arg-type]
-  return run, build.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
+  return run, stored.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
 
 
 def with_implicit_reward(run: build.Run, source: str) -> tuple[build.Run, dict[str, PyTree]]:
   """A run that learned from preferences is held to judgements by its implicit reward, as it was while it trained: (run with its objective,
   weights of its reference). Raises ConfigError for a reference that is not there any more."""
-  if not build.is_run(source):
+  if not stored.is_run(source):
     return run, {}
-  objective = build.make_objective(config_lib.resolve({'objective': build.run_config(source, 'objective')}))
+  objective = resolution.make_objective(config_lib.resolve({'objective': stored.run_config(source, 'objective')}))
   if not isinstance(objective, Preference):
     return run, {}
   about = f'--checkpoint={source}: the implicit reward of a run of {objective.name} is over its reference'
   check('ref' not in objective.moving, f'{about}, which moved: only the run itself could tell')
   if 'ref' not in objective.frozen:
     return run._replace(objective=objective), {}
-  roles = build.run_config(source, 'roles')
+  roles = stored.run_config(source, 'roles')
   start = roles['ref']['init'] or roles['policy']['init']
   check(bool(start) and pathlib.Path(start).exists(), f'{about}, and {start!r} does not exist')
-  reference = build.load_params(start, run.arch, jax.random.key(0), run.mesh)
+  reference = stored.load_params(start, run.arch, jax.random.key(0), run.mesh)
   return run._replace(objective=objective), {'ref': reference}
 
 
@@ -195,7 +199,7 @@ def command(argv: list[str]) -> None:
   settings, overridden = train.overridden(settings, flags), set(config_lib.flatten(train.overridden({}, flags)))
   config = config_lib.resolve(settings)
   check_keys(config, keys_set | overridden, overridden)
-  workdir = flags.get('workdir') or (os.path.join(source, 'evaluation') if build.is_run(source) else '')
+  workdir = flags.get('workdir') or (os.path.join(source, 'evaluation') if stored.is_run(source) else '')
   check(bool(workdir), f'--workdir=DIR is missing: {source} is no workdir of ours')
   environment.cache_compilations()
   result = run_evaluation(config, source, workdir, overwrite='overwrite' in flags)

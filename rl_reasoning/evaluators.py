@@ -25,7 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rl_reasoning import build, checkpoint, collect, data, metrics, model, ranking_evaluator, rewards, rollout, sharding, verify
+from rl_reasoning import (
+  checkpoint,
+  collect,
+  data,
+  metrics,
+  model,
+  ranking_evaluator,
+  resolution,
+  rewards,
+  rollout,
+  sharding,
+  stored,
+  verify,
+)
 from rl_reasoning.advantages import combine_rewards
 from rl_reasoning.build import Run
 from rl_reasoning.config import Config, Data, Rollout, check, check_file_name, digest, from_mapping, to_dict
@@ -135,7 +148,7 @@ def check_problems(
   run: Run, problems: Mapping[str, Sequence[dict]], evaluators: Mapping[str, Evaluator | RankingEvaluator]
 ) -> None:
   """Raises ConfigError, before a run spends its time, for problems that could not be evaluated at its end."""
-  limits, models = run.config.data, build.model_names(run.config)
+  limits, models = run.config.data, resolution.model_names(run.config)
   # Of a completion's worth, beside its answer: what a network, a known gold reward or the user's own function says.
   worth = any(name in models or ':' in name or name.startswith('gold_') for name in run.config.rewards.functions)
   for name, evaluator in evaluators.items():
@@ -146,7 +159,7 @@ def check_problems(
     check(run.speaks, f"config key 'eval.evaluators.{name}': the network has no head for text; its kind is ranking")
     if evaluator.kl_to:
       grows = bool(parts(run.config.roles.policy.tokenizer)[1])
-      build.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch, grows)
+      resolution.check_reference(f'eval.evaluators.{name}.kl_to', evaluator.kl_to, run.arch, grows)
     encode_problems(run, problems[name], name, evaluator)
     gold = worth or rewards.any_gold(problems[name])
     task = evaluator.task or run.config.data.task
@@ -304,7 +317,7 @@ def sample_problems(
   texts, prompts = encode_problems(run, rows, name, evaluator)
   file, other = None, None
   if evaluator.kl_to:
-    other = build.load_params(evaluator.kl_to, run.arch, jax.random.key(0), run.mesh)
+    other = stored.load_params(evaluator.kl_to, run.arch, jax.random.key(0), run.mesh)
   if folder is not None:
     of = identity(run, int(checkpoint.fingerprint(params)), rows, evaluator, frozen)
     if other is not None:  # its path may hold other weights by the time that an evaluation goes on

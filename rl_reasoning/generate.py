@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from rl_reasoning import build, chat, config as config_lib, environment, evaluate, inference, metrics, tables, train
+from rl_reasoning import chat, config as config_lib, environment, evaluate, inference, metrics, stored, tables, train
 from rl_reasoning.config import Parser, Rollout, check
 
 COMMANDS = ('scale', 'chat', 'ask')
@@ -79,7 +79,7 @@ def talk(kind: str, argv: Sequence[str]) -> None:
             'seed': 0 <= flags.seed < 2**32}  # fmt: skip
   for name, good in ranges.items():
     check(good, f'--{name}={getattr(flags, name.replace("-", "_"))} is out of range')
-  template = flags.template or ('' if build.is_run(flags.checkpoint) else 'chat')
+  template = flags.template or ('' if stored.is_run(flags.checkpoint) else 'chat')
   policy = {'tokenizer': flags.tokenizer, 'template': template}
   config = config_lib.resolve({'model': {'dtype': flags.dtype}, 'roles': {'policy': policy}, 'rewards': {'functions': ()}})
   environment.cache_compilations()

@@ -44,9 +44,11 @@ from rl_reasoning import (
   evaluate,
   evaluators,
   inference_methods,
+  resolution,
   reward_models,
   rounds,
   sharding,
+  stored,
   tables,
   train,
 )
@@ -105,7 +107,7 @@ def resolve(settings: Mapping[str, Any]) -> Job:
   check('roles.policy.init' not in dead, "config key 'roles.policy.init' cannot act here: --checkpoint stands for it")
   check(not dead, 'config keys that cannot act beside a section scale:\n  ' + '\n  '.join(map(repr, dead)))
   config = config_lib.resolve({**given, 'rewards': {'functions': tuple(models)}})
-  refused = build.inert_sections(config)
+  refused = resolution.inert_sections(config)
   dead = [f'{key!r}: {refused[key]}' for key in sorted(keys_set) if key in refused]
   check(not dead, 'config keys that cannot act here:\n  ' + '\n  '.join(dead))
   return Job(config, methods)
@@ -277,7 +279,7 @@ def scale(job: Job, source: str, workdir: str, overwrite: bool = False) -> dict[
     for name, method in methods.items():
       check_method(bench, name, method)
     check(any_gold(rows), 'no problem of the task has a gold answer that can be checked')
-    check(not build.is_run(workdir), f'--workdir={workdir} holds a training run')
+    check(not stored.is_run(workdir), f'--workdir={workdir} holds a training run')
     about = {'checkpoint': source, 'fingerprint': bench.fingerprint, 'config': settings}
     about |= {'frozen': checkpoint.fingerprints(frozen)} if frozen else {}
     evaluate.open_workdir(folder, FILES, about, 'the curves of another config', overwrite)

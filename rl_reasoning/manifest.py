@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from rl_reasoning import build, checkpoint, train
+from rl_reasoning import checkpoint, stored, train
 from rl_reasoning.config import Config, ConfigError, check, differences, digest, flatten, plain, to_dict
 from rl_reasoning.data_settings import Generate
 
@@ -88,9 +88,9 @@ class Manifest:
   def identity(self, path: str) -> str:
     """Of a run, a file or a folder; '' where there is nothing that could be read."""
     where = pathlib.Path(path).expanduser()
-    if build.is_run(path):
+    if stored.is_run(path):
       try:
-        prints, inherited = checkpoint.identity(path), [build.run_config(path, *keys) for keys in INHERITED]
+        prints, inherited = checkpoint.identity(path), [stored.run_config(path, *keys) for keys in INHERITED]
       except ConfigError:
         return ''
       return digest([prints['params'], prints['rest'], inherited])  # of the optimizer's state nobody takes anything

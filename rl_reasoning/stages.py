@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from rl_reasoning import (
-  build,
   config as config_lib,
   data,
   data_settings,
@@ -32,6 +31,8 @@ from rl_reasoning import (
   evaluators,
   filters,
   inference,
+  resolution,
+  stored,
   train,
 )
 from rl_reasoning.config import check, coerce, flatten, to_dict
@@ -140,7 +141,7 @@ def greedy_first(numbers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def check_train(settings: Settings, absent: Sequence[str]) -> None:
   config = config_lib.resolve(settings)
-  build.check_config(config, set(flatten(settings)), earlier=absent)
+  resolution.check_config(config, set(flatten(settings)), earlier=absent)
   evaluators.make_evaluators(config.eval.evaluators)
 
 
@@ -236,7 +237,7 @@ def check_export(settings: Settings, absent: Sequence[str]) -> None:
   other = sorted(settings.keys() - {'export'})
   check(not other, f'config keys that cannot act beside a section export: {", ".join(other)}')
   source = source_of(settings, 'export', absent)
-  ours = source in absent or build.is_run(source)
+  ours = source in absent or stored.is_run(source)
   check(ours, f"config key 'export.checkpoint': {source} is no run of ours, with a checkpoint to export")
 
 
@@ -246,7 +247,7 @@ def run_export(settings: Settings, workdir: str, overwrite: bool) -> dict[str, A
   for left in target.parent.glob(f'.{target.name}.*.part'):  # of a save that was killed
     left.rmtree()
   if not target.exists():
-    build.export(source, workdir)
+    stored.export(source, workdir)
   return {'checkpoint': source, 'evaluators': {}}
 
 

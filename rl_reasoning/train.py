@@ -23,7 +23,7 @@ import jax
 import optax
 from etils import epath
 
-from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics, tables
+from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics, resolution, tables
 from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
 from rl_reasoning.structs import ROLLOUT, TrainState
@@ -276,7 +276,7 @@ def exit_code(command: Callable[[list[str]], None], argv: list[str]) -> int:
 def command(argv: list[str]) -> None:
   config, keys_set, flags = parse(argv)
   if 'explain' in flags:
-    explained = build.explain(config, keys_set, jax.device_count())
+    explained = resolution.explain(config, keys_set, jax.device_count())
     evaluators.make_evaluators(config.eval.evaluators)
     print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
     return

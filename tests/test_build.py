@@ -26,8 +26,10 @@ from rl_reasoning import (
   model,
   optim,
   pipeline,
+  resolution,
   rollout,
   sharding,
+  stored,
   train,
   weights,
 )
@@ -123,13 +125,13 @@ def refusal(call, *arguments) -> str:
 
 def resolve(settings):
   """(resolved config, objective, arch) as the command line gets it."""
-  return build.resolve(config.resolve(settings), set(config.flatten(settings)))
+  return resolution.resolve(config.resolve(settings), set(config.flatten(settings)))
 
 
 def keys(name: str) -> tuple[dict, set[str]]:
   """(the keys of a resolved config of SETTINGS with their values, those that cannot act in it)."""
   resolved, objective, arch = resolve(SETTINGS[name])
-  return config.flatten(config.to_dict(resolved)), set(build.inert(resolved, objective, arch))
+  return config.flatten(config.to_dict(resolved)), set(resolution.inert(resolved, objective, arch))
 
 
 # Another value for every key that can show in a step's rows and programs.
@@ -471,7 +473,7 @@ def test_truncation_is_refused_in_training():
 )
 def test_make_objective_refuses(objective, wanted):
   """Failure: a misspelt or impossible key of an objective is a traceback or is ignored."""
-  assert wanted in refusal(lambda: build.make_objective(config.resolve({'objective': objective})))
+  assert wanted in refusal(lambda: resolution.make_objective(config.resolve({'objective': objective})))
 
 
 def test_make_objective():
@@ -480,8 +482,8 @@ def test_make_objective():
     config.merge(GRPO, {'objective': {'epsilon_high': 1}, 'rewards': {'functions': ('format', 'accuracy')}})
   )
   given = Given(('format', 'accuracy'), (1.0, 1.0), 16)
-  assert build.make_objective(chosen) == Grpo(given, num_generations=4, epsilon_high=1.0)
-  assert build.make_objective(config.resolve(SFT)) == Sft()
+  assert resolution.make_objective(chosen) == Grpo(given, num_generations=4, epsilon_high=1.0)
+  assert resolution.make_objective(config.resolve(SFT)) == Sft()
 
 
 def test_end_ids_reach_the_rollout(running, tmp_path):
@@ -502,10 +504,10 @@ def test_named_settings(name):
   assert objective.name == name
   wanted = {**SETTINGS_OF_GRPO[name], **({'overlong_buffer': 3} if name == 'dapo' else {})}  # a fifth of 16
   assert {key: getattr(objective, key) for key in wanted} == wanted
-  assert build.resolve(resolved, set())[:2] == (resolved, objective)
+  assert resolution.resolve(resolved, set())[:2] == (resolved, objective)
   again = config.resolve(json.loads(config.to_json(resolved)))
-  assert build.resolve(again, set())[:2] == (resolved, objective)
-  explained = build.explain(config.resolve(settings), set(config.flatten(settings)), 8)
+  assert resolution.resolve(again, set())[:2] == (resolved, objective)
+  explained = resolution.explain(config.resolve(settings), set(config.flatten(settings)), 8)
   assert explained['formula'] == objective.formula() and '\n'.join(objective.formula()) in metrics.explanation(explained)
   assert resolve(config.override(settings, 'objective.beta', 0.5))[1] == dataclasses.replace(objective, beta=0.5)
 
@@ -516,7 +518,7 @@ def test_resolve_fills_in():
   assert arch == dataclasses.replace(PRESETS['tiny'], rope_theta=500.0)
   assert resolved.model.arch == dataclasses.asdict(arch) and resolved.roles.policy.tokenizer == 'bytes'
   assert resolved.objective == {k: v for k, v in dataclasses.asdict(objective).items() if k != 'given'}
-  assert build.resolve(resolved, set())[0] == resolved
+  assert resolution.resolve(resolved, set())[0] == resolved
 
 
 @pytest.mark.parametrize(
@@ -577,7 +579,7 @@ MESH = functools.partial(sharding.make_mesh, data=4, fsdp=2, tensor=1)
 def test_sizes_that_do_not_divide(settings, key, numbers):
   """Failure: a batch that does not divide reaches the mesh, or key and numbers are not told."""
   chosen = config.resolve(config.merge(GRPO, settings))
-  text = refusal(build.check_sizes, chosen, build.make_objective(chosen), MESH())
+  text = refusal(resolution.check_sizes, chosen, resolution.make_objective(chosen), MESH())
   assert text.startswith(f'config key {key!r}: ') and all(str(n) in text for n in numbers)
 
 
@@ -586,7 +588,7 @@ def test_sizes_that_divide():
   for settings in ({}, {'optim': {'micro_batch': 32}}, {'optim': {'micro_batch': 8}}, {'objective': {'num_minibatches': 4}},
                    {'objective': {'num_minibatches': 2}, 'optim': {'micro_batch': 8}}, {'eval': {'batch_size': 5}}):  # fmt: skip
     chosen = config.resolve(config.merge(GRPO, settings))
-    build.check_sizes(chosen, build.make_objective(chosen), MESH())
+    resolution.check_sizes(chosen, resolution.make_objective(chosen), MESH())
 
 
 @pytest.mark.parametrize(
@@ -628,7 +630,7 @@ def test_configs(monkeypatch):
     settings['optim']['frozen_layers'] = 1  # of the preset's two
   for settings in (*stages.values(), *gsm8k, *tiny, *swept, *judged):
     resolved, objective, _ = resolve(settings)
-    build.check_splits(resolved, objective)
+    resolution.check_splits(resolved, objective)
     evaluators.make_evaluators(resolved.eval.evaluators)
   monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
@@ -640,45 +642,45 @@ def test_batch_sizes():
   """Failure: --explain counts prompts, completions, updates or tokens wrongly."""
   settings = config.merge(GRPO, {'objective': {'num_iterations': 3, 'num_minibatches': 2}, 'optim': {'micro_batch': 8}})
   resolved, objective, _ = resolve(settings)
-  assert build.batch_sizes(resolved, objective) == {
+  assert resolution.batch_sizes(resolved, objective) == {
     'prompts_per_step': 8, 'completions_per_step': 32, 'updates_per_step': 6, 'completions_per_update': 16,
     'completions_per_micro_batch': 8, 'max_tokens_per_step': 32 * (32 + 16),
   }  # fmt: skip
   resolved, objective, _ = resolve(SFT)
-  assert build.batch_sizes(resolved, objective) == {
+  assert resolution.batch_sizes(resolved, objective) == {
     'prompts_per_step': 16, 'rows_per_step': 16, 'updates_per_step': 1, 'rows_per_update': 16,
     'rows_per_micro_batch': 16, 'max_tokens_per_step': 16 * 64,
   }  # fmt: skip
   resolved, objective, _ = resolve(SETTINGS['ppo, of another kind'])  # a row of data beside four completions
-  assert build.batch_sizes(resolved, objective)['max_tokens_per_step'] == 8 * (4 * (32 + 16) + 64)
+  assert resolution.batch_sizes(resolved, objective)['max_tokens_per_step'] == 8 * (4 * (32 + 16) + 64)
 
 
 def test_explain():
   """Failure: sweeps and launchers are told another config, hash, size or list of dead keys than a run would have."""
   resolved, objective, arch = resolve(GRPO)
-  got = build.explain(config.resolve(GRPO), set(config.flatten(GRPO)), 8)
+  got = resolution.explain(config.resolve(GRPO), set(config.flatten(GRPO)), 8)
   sizes = [np.prod(w.shape) for w in jax.tree.leaves(model.weight_table(arch), is_leaf=model.is_weight)]
   assert got == {
     'config': config.to_dict(resolved), 'hash': config.digest(config.to_dict(resolved)), 'devices': 8, 'parameters': sum(sizes),
-    'batch_sizes': build.batch_sizes(resolved, objective), 'inert_defaults': build.inert(resolved, objective, arch),
+    'batch_sizes': resolution.batch_sizes(resolved, objective), 'inert_defaults': resolution.inert(resolved, objective, arch),
     'formula': objective.formula(),
   }  # fmt: skip
   assert {'objective.kl_estimator', 'data.max_length', 'eval.size', 'roles.ref.init'} <= got['inert_defaults'].keys()
   text = metrics.explanation(got)
   assert got['hash'] in text and 'completions_per_step: 32' in text and 'eval.size: eval.every is 0' in text
-  assert 'optim.name' in refusal(build.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
+  assert 'optim.name' in refusal(resolution.explain, config.resolve({'optim': {'name': 'adamm'}}), set(), 8)
   uneven = config.resolve(config.merge(GRPO, {'objective': {'num_minibatches': 3}}))
-  assert "'objective.num_minibatches': 32 rows" in refusal(build.explain, uneven, set(), 1)
+  assert "'objective.num_minibatches': 32 rows" in refusal(resolution.explain, uneven, set(), 1)
   hasty = config.resolve(config.merge(SETTINGS['ppo, of another kind'], {'objective': {'kl_horizon': 6}}))
-  assert "'objective.kl_horizon': 6 is too short for 32 completions" in refusal(build.explain, hasty, set(), 1)
-  judge = build.explain(config.resolve(SETTINGS['reward_model']), set(), 1)
+  assert "'objective.kl_horizon': 6 is too short for 32 completions" in refusal(resolution.explain, hasty, set(), 1)
+  judge = resolution.explain(config.resolve(SETTINGS['reward_model']), set(), 1)
   assert judge['parameters'] == sum(sizes) + 64  # the scalar head; the embedding is tied
 
 
 def test_lower_bound_that_never_clips():
   """Failure: a clip of 10 (DeepSeek-R1's) looks like one on both sides."""
   settings = config.merge(GRPO, {'objective': {'num_iterations': 2, 'epsilon': 10.0}})
-  assert 'objective.epsilon, its lower bound' in build.explain(config.resolve(settings), set(), 8)['inert_defaults']
+  assert 'objective.epsilon, its lower bound' in resolution.explain(config.resolve(settings), set(), 8)['inert_defaults']
 
 
 def test_reference_of_another_architecture(tmp_path):
@@ -693,7 +695,7 @@ def test_reference_of_another_architecture(tmp_path):
     ('tests/fixtures/qwen2', 'llama', 'is of another architecture'),
     ('tests/fixtures/classifier', 'classifier', 'is a reward model'),
   ):
-    run = SimpleNamespace(config=config.resolve(GRPO), speaks=True, arch=build.read_arch(f'tests/fixtures/{arch}'))
+    run = SimpleNamespace(config=config.resolve(GRPO), speaks=True, arch=stored.read_arch(f'tests/fixtures/{arch}'))
     text = refusal(evaluators.check_problems, run, {}, {'e': evaluators.Evaluator(temperature=1.0, kl_to=source)})
     assert text.startswith(f"config key 'eval.evaluators.e.kl_to': {source} {wanted}")
 
@@ -763,7 +765,7 @@ def test_factored_optimizer_on_a_mesh():
   arch = dataclasses.replace(PRESETS['tiny'], hidden_size=256, intermediate_size=256)
   shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
   optimizer, _ = optim.make(config.Optim(name='adafactor'), 1)
-  placed = build.optimizer_shardings(mesh, optimizer, shapes, build.param_shardings(mesh, arch))
+  placed = build.optimizer_shardings(mesh, optimizer, shapes, stored.param_shardings(mesh, arch))
   jax.jit(optimizer.init, out_shardings=placed).lower(shapes)
 
 
@@ -788,7 +790,7 @@ def test_added_tokens_grow_the_embedding(tmp_path, capsys):
   train.train(config.resolve(shared), str(tmp_path / 'run'))
   again = build.build(config.resolve({**shared, 'roles': {'policy': {'init': str(tmp_path / 'run')}}}))
   assert again.arch.vocab_size == 320 and len(again.tokenizer.encode('<think>')) == 1
-  build.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  stored.export(str(tmp_path / 'run'), str(tmp_path / 'out'))
   assert len(load_tokenizer(str(tmp_path / 'out')).encode('</think>')) == 1
   assert weights.read_arch(str(tmp_path / 'out')).vocab_size == 320
   grpo = {'objective': {'name': 'grpo', 'beta': 0.1}, 'rewards': {'functions': ('format',)}}

@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from rl_reasoning import build, config, sharding, train
+from rl_reasoning import config, resolution, sharding, train
 from rl_reasoning.config import Config, ConfigError
 
 SOURCES = pathlib.Path(config.__file__).parent
@@ -301,7 +301,7 @@ def test_no_dead_knob_in_what_is_passed_whole():
   """Failure: a mesh size that make_mesh does not take, or a field of roles.ref that is neither read nor refused."""
   taken = [name for name in inspect.signature(sharding.make_mesh).parameters if name != 'devices']
   assert [field.name for field in dataclasses.fields(config.MeshSizes)] == taken
-  assert ('ref', 'init') in READ  # its tokenizer and template are inert, see build.inert
+  assert ('ref', 'init') in READ  # its tokenizer and template are inert, see resolution.inert
 
 
 # The command line.
@@ -474,7 +474,7 @@ def test_explain_in_a_process_of_its_own(tmp_path):
 
   explained = json.loads(call('--explain=json', '--config.seed=7').stdout)
   settings = config.override(config.read_file('configs/tiny.py:objective=grpo'), 'seed', 7)
-  assert explained['config'] == json.loads(config.to_json(build.resolve(config.resolve(settings), set())[0]))
+  assert explained['config'] == json.loads(config.to_json(resolution.resolve(config.resolve(settings), set())[0]))
   assert explained['hash'] == config.digest(explained['config']) and 'data.max_length' in explained['inert_defaults']
   wrong = call('--config.sed=7', '--explain=json')
   assert wrong.returncode == 2 and wrong.stdout == '' and wrong.stderr.startswith("error: config key 'sed' is unknown")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from rl_reasoning import (
-  build,
   config,
   data,
   data_from_checkpoint,
@@ -21,6 +20,7 @@ from rl_reasoning import (
   evaluate,
   evaluators,
   pipeline,
+  resolution,
   rollout,
   tokenizer,
 )
@@ -315,7 +315,7 @@ def speaker(monkeypatch):
       'config': chosen,
       'arch': config.Model(),
       'tokenizer': TOKENIZER,
-      'mesh': build.make_mesh(chosen),
+      'mesh': resolution.make_mesh(chosen),
       'reward_models': {},
       'speaks': True,
     }

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from rl_reasoning import build, collect, config, data, losses, metrics, model, rollout, weights
+from rl_reasoning import build, collect, config, data, losses, metrics, model, resolution, rollout, weights
 from rl_reasoning.advantages import AGGREGATIONS, weigh
 from rl_reasoning.config import ConfigError, from_mapping
 from rl_reasoning.objectives.distill import Distill
@@ -438,7 +438,7 @@ def test_rows_of_both_kinds(step):
   assert got.batch.rewards_NR is None and got.samples[0]['rewards'] == {} and len(got.samples) == 16
   told = metrics.summarise(run.objective.prepare({}, jax.device_get(got.batch))[2])
   assert told['frac_on_policy'] == 0.5 and told['completions/mean_length'] == 3 and told['completions/max_length'] == 3
-  sizes = build.batch_sizes(run.config, run.objective)
+  sizes = resolution.batch_sizes(run.config, run.objective)
   assert sizes['rows_per_step'] == 32 and sizes['max_tokens_per_step'] == 8 * (2 * (32 + 16) + 2 * 64)
 
 
@@ -490,7 +490,7 @@ def test_teachers_that_are_refused(tmp_path):
   missing = config.merge(SETTINGS, {'roles': {'teacher': {'init': good}}})  # weights without a tokenizer
   assert "config key 'roles.teacher.tokenizer'" in refusal(build.build, config.resolve(missing))
   later = config.resolve(config.merge(SETTINGS, {'roles': {'teacher': {'init': '/no/such'}}}))
-  build.check_config(later, set(), earlier=['/no/such'])  # a stage before this one trains it
+  resolution.check_config(later, set(), earlier=['/no/such'])  # a stage before this one trains it
 
 
 def test_a_trunk_that_is_remembered_is_not_the_teachers(tmp_path, monkeypatch):
@@ -535,13 +535,13 @@ def test_refusals_are_complete():
 def test_what_it_needs(tmp_path):
   """Failure: reward functions are asked for, or are taken where nobody reads them."""
   teacher = make_teacher(tmp_path)
-  text = refusal(build.resolve, *resolved(config.merge(SETTINGS, {'rewards': {'functions': ('format',)}}), teacher))
+  text = refusal(resolution.resolve, *resolved(config.merge(SETTINGS, {'rewards': {'functions': ('format',)}}), teacher))
   assert "'rewards.functions': the objective reads no rewards" in text
   evaluated = {'eval': {'every': 1, 'evaluators': {'greedy': {}}}, 'rewards': {'functions': ('format',)}}
-  build.resolve(*resolved(config.merge(SETTINGS, evaluated), teacher))
+  resolution.resolve(*resolved(config.merge(SETTINGS, evaluated), teacher))
   curriculum = {'mixture': {'a': {'task': 'linear', 'train_size': 8}}, 'curriculum': 'pass_rate'}
   mixed = {**SETTINGS, 'data': {'batch_size': 8, **curriculum}}
-  assert "'pass_rate' goes by the reward 'accuracy'" in refusal(build.resolve, *resolved(mixed, teacher))
+  assert "'pass_rate' goes by the reward 'accuracy'" in refusal(resolution.resolve, *resolved(mixed, teacher))
 
 
 def test_formula():

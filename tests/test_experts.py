@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import build, checkpoint, collect, config, experts, model, rollout, sharding
+from rl_reasoning import build, checkpoint, collect, config, experts, model, rollout, sharding, stored
 from rl_reasoning.structs import Batch
 from tests.test_e2e import logged, run, settings
 from tests.test_families import read
@@ -40,7 +40,7 @@ def outputs(name, sizes, ways):
     return jax.device_get((logits, gradient, chosen))
   mesh = sharding.make_mesh(*sizes, expert=ways)
   with jax.set_mesh(mesh):
-    placed = jax.device_put(params, build.param_shardings(mesh, arch))
+    placed = jax.device_put(params, stored.param_shardings(mesh, arch))
     assert placed['layers']['experts_up'].sharding.spec[1] == 'expert'
     (_, (logits, chosen)), gradient = step(placed, *sharding.put_rows(mesh, rows))
     return jax.device_get((logits, gradient, chosen))
@@ -137,7 +137,7 @@ def test_rollout_over_the_expert_axis(ways):
   one = sample(arch, params, PROMPTS, records=True)
   mesh = sharding.make_mesh(-1, 1, 1, expert=ways)
   with jax.set_mesh(mesh):
-    several = sample(arch, jax.device_put(params, build.param_shardings(mesh, arch)), PROMPTS, mesh, records=True)
+    several = sample(arch, jax.device_put(params, stored.param_shardings(mesh, arch)), PROMPTS, mesh, records=True)
   np.testing.assert_array_equal(several.tokens_NC, one.tokens_NC)
   np.testing.assert_allclose(several.logp_NC, one.logp_NC, atol=1e-4)
   assert all((a == b).all() for a, b in zip(several.chosen_N, one.chosen_N, strict=True))

@@ -26,7 +26,7 @@ LEVELS = (
   ),
   ('tasks', 'lora', 'rope', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
   ('presets', 'families', 'tensors', 'weights', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
-  ('train_step', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
+  ('train_step', 'stored', 'resolution', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
   (
     'evaluators',
     'ranking_evaluator',

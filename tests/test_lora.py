@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rl_reasoning import build, checkpoint, config, data, lora, metrics, model, rollout, sharding, weights
+from rl_reasoning import build, checkpoint, config, data, lora, metrics, model, resolution, rollout, sharding, stored, weights
 from rl_reasoning.collect import collect
 from rl_reasoning.config import ConfigError, Lora
 from tests.test_distill import make_teacher
@@ -189,7 +189,7 @@ def test_learns_and_stays_small(tuned):
   """Failure: adapters do not learn, or their checkpoint holds the weights that they adapt, too."""
   losses = [entry['loss'] for entry in logged(pathlib.Path(tuned))]
   assert losses[-1] < 0.75 * losses[0]
-  job = build.build(config.resolve(build.run_config(tuned)))
+  job = build.build(config.resolve(stored.run_config(tuned)))
   assert model.count(lora.table(model.weight_table(job.arch), job.config.lora)) == sum(
     x.size for x in jax.tree.leaves(checkpoint.restore_params(tuned, 'policy'))
   )
@@ -197,19 +197,19 @@ def test_learns_and_stays_small(tuned):
 
 def test_a_run_with_adapters_is_a_start(cache, start, tuned, tmp_path):
   """Failure: who starts from a run with adapters gets the base, or other weights than the run ended with; or the base may change."""
-  job = build.build(config.resolve(build.run_config(tuned)))
+  job = build.build(config.resolve(stored.run_config(tuned)))
   with jax.set_mesh(job.mesh):
     state = job.init()
     trained = checkpoint.restore(checkpoint.open_manager(tuned), state)
     expected = jax.device_get(lora.merge(job.weights(trained)[0]))
-    got = build.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
+    got = stored.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(got), expected)
   meshes = [sharding.make_mesh(1, 1, 1, jax.devices()[:1]), sharding.make_mesh(1, 2, 4)]
-  elsewhere = {int(checkpoint.fingerprint(build.load_params(tuned, job.arch, jax.random.key(0), mesh))) for mesh in meshes}
+  elsewhere = {int(checkpoint.fingerprint(stored.load_params(tuned, job.arch, jax.random.key(0), mesh))) for mesh in meshes}
   assert elsewhere == {int(checkpoint.fingerprint(got))}  # else who adapts it once more could not go on elsewhere
   tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
   assert np.abs(logits_of(got, job.arch, tokens) - logits_of(job.weights(state)[0], job.arch, tokens)).max() > 0.1
-  build.export(tuned, str(tmp_path / 'merged'))
+  stored.export(tuned, str(tmp_path / 'merged'))
   read_back = weights.load(str(tmp_path / 'merged'), weights.read_arch(str(tmp_path / 'merged')))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(read_back), expected)
   frozen = pathlib.Path(tuned) / 'frozen.json'
@@ -217,16 +217,16 @@ def test_a_run_with_adapters_is_a_start(cache, start, tuned, tmp_path):
   try:
     frozen.write_text(json.dumps({'base': 1}))
     with pytest.raises(ConfigError, match=r'holds adapters of .*, whose weights are not those of then'), jax.set_mesh(job.mesh):
-      build.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
+      stored.load_params(tuned, job.arch, jax.random.key(0), job.mesh)
   finally:
     frozen.write_text(text)
 
 
 def test_peft_folder(start, tuned, tmp_path):
   """Failure: W + alpha / r * B A, as peft adds it up, is not the merged weight."""
-  build.export(tuned, str(tmp_path / 'adapter'), adapter=True)
-  build.export(start, str(tmp_path / 'base'))
-  build.export(tuned, str(tmp_path / 'merged'))
+  stored.export(tuned, str(tmp_path / 'adapter'), adapter=True)
+  stored.export(start, str(tmp_path / 'base'))
+  stored.export(tuned, str(tmp_path / 'merged'))
   about = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
   base, merged = (load_file(tmp_path / name / 'model.safetensors') for name in ('base', 'merged'))
   factors = load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
@@ -237,7 +237,7 @@ def test_peft_folder(start, tuned, tmp_path):
     np.testing.assert_allclose(own + about['lora_alpha'] / about['r'] * B @ A, merged[f'{module}.weight'], atol=1e-6)
   assert not factors and base and all((merged[name] == x).all() for name, x in base.items())
   with pytest.raises(ConfigError, match='a run without adapters'):
-    build.export(start, str(tmp_path / 'none'), adapter=True)
+    stored.export(start, str(tmp_path / 'none'), adapter=True)
   phi = weights.read_arch('tests/fixtures/phi3')
   with pytest.raises(ConfigError, match='phi3 has q, k and v in one matrix'):
     weights.save_adapter(adapters(phi), phi, LORA, str(tmp_path / 'phi'), 'base')
@@ -261,7 +261,7 @@ def test_refusals(keys, wanted, cache, start):
   if 'roles.policy.init' in keys:
     chosen.pop('model')
   with pytest.raises(ConfigError) as caught:
-    build.resolve(config.resolve(chosen), set(config.flatten(chosen)))
+    resolution.resolve(config.resolve(chosen), set(config.flatten(chosen)))
   assert wanted in str(caught.value)
 
 

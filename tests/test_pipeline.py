@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from rl_reasoning import build, config, evaluators, filters, manifest, metrics, pipeline, sharding, stages, weights
+from rl_reasoning import build, config, evaluators, filters, manifest, metrics, pipeline, sharding, stages, stored, weights
 from rl_reasoning.config import ConfigError
 from tests.test_e2e import WALL_CLOCK, assert_same, everything
 from tests.test_filters import read, row, write
@@ -524,7 +524,7 @@ def test_chain_goes_on_where_it_was_cut(general, tmp_path, monkeypatch):
     assert reached[-1] == place
   pipeline.run_pipeline(chosen, str(cut))
   assert_same_chain(cut, whole)
-  for module, name in ((build, 'build'), (build, 'load_params'), (weights, 'save')):
+  for module, name in ((build, 'build'), (stored, 'load_params'), (weights, 'save')):
     monkeypatch.setattr(module, name, None)  # nothing is opened where all is done
   assert words(chosen, cut) == dict.fromkeys(chosen, 'done')
   assert pipeline.run_pipeline(chosen, str(cut)) == json.loads((cut / 'summary.json').read_text())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import build, collect, config, model, rollout, sharding
+from rl_reasoning import collect, config, model, rollout, sharding, stored
 
 ARCH = model.Arch(40, 16, 24, 2, 8, 4, 4, qkv_bias=True)
 END = (0, 17, 29)  # 0 is also what fills a row after its end: pad == eos must not matter
@@ -118,7 +118,7 @@ def test_mesh(params, prompts, rolled, sizes):
   """Failure: tokens depend on how many devices there are, or how weights and rows lie on them."""
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
   with jax.set_mesh(mesh):
-    spread = jax.device_put(params, build.param_shardings(mesh, ARCH))
+    spread = jax.device_put(params, stored.param_shardings(mesh, ARCH))
     assert_same(generate(spread, prompts, mesh=mesh), rolled)
 
 
@@ -126,7 +126,7 @@ def test_rows_that_do_not_divide(params, prompts):
   """Failure: rows that do not divide over the mesh are padded or dropped without a word."""
   mesh = sharding.make_mesh(8, 1, 1)
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="axis 'rows' of size 3"):
-    generate(jax.device_put(params, build.param_shardings(mesh, ARCH)), prompts[:3], mesh=mesh)
+    generate(jax.device_put(params, stored.param_shardings(mesh, ARCH)), prompts[:3], mesh=mesh)
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(params, prompts):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from rl_reasoning import build, metrics, model, sharding, train, train_step
+from rl_reasoning import build, metrics, model, sharding, stored, train, train_step
 from rl_reasoning.objectives import OBJECTIVES as NAMED
 from rl_reasoning.objectives.distill import Distill
 from rl_reasoning.objectives.grpo import SETTINGS, Given, Grpo
@@ -175,7 +175,7 @@ def five_updates(sizes):
   """(gradient of the first update, parameters after five, metrics of all five) on a mesh of these sizes."""
   mesh, optimizer = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]), optax.sgd(0.5, momentum=0.5)
   with jax.set_mesh(mesh):
-    placed = build.param_shardings(mesh, ARCH)
+    placed = stored.param_shardings(mesh, ARCH)
     opt = build.optimizer_shardings(mesh, optimizer, PARAMS, placed)
     params = jax.device_put(PARAMS, placed)
     state = make_state(optimizer).replace(
@@ -234,7 +234,7 @@ def elsewhere(batch: Batch) -> Batch:
 def step_of(objective, batch, micro_batch, mesh, rate):
   """(gradient of the first update, change after two or the one allowed, metrics) of one step with plain SGD."""
   optimizer = optax.sgd(rate)
-  placed = build.param_shardings(mesh, ARCH)
+  placed = stored.param_shardings(mesh, ARCH)
   state = make_state(optimizer)
   state = state.replace(params=jax.device_put(state.params, {'policy': placed}), aux=objective.init_aux(),
                         frozen=dict.fromkeys(('ref', 'teacher'), jax.device_put(OTHER, placed)))  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rl_reasoning import build, config, weights
+from rl_reasoning import config, resolution, stored, weights
 from rl_reasoning.config import exit_code
 from rl_reasoning.weights.__main__ import command
 from tests.test_e2e import run, settings
@@ -67,9 +67,9 @@ def test_a_run(capsys, tmp_path):
   told(capsys, 'convert', str(tmp_path / 'lora'), str(tmp_path / 'adapter'), '--adapter')
   assert (tmp_path / 'adapter' / 'adapter_model.safetensors').is_file()
   told(capsys, 'convert', str(tmp_path / 'base'), str(tmp_path / 'out'))
-  arch = build.read_arch(str(tmp_path / 'base'))
+  arch = stored.read_arch(str(tmp_path / 'base'))
   params = weights.load(str(tmp_path / 'out'), arch)
-  trained = build.restore_policy(str(tmp_path / 'base'), arch, build.make_mesh(config.resolve({})))
+  trained = stored.restore_policy(str(tmp_path / 'base'), arch, resolution.make_mesh(config.resolve({})))
   np.testing.assert_array_equal(params['embed'], trained['embed'])
 
 

@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from rl_reasoning import build, lora, model, tensors, tokenizer, weights
+from rl_reasoning import lora, model, resolution, stored, tensors, tokenizer, weights
 from rl_reasoning.arch import Arch
 from rl_reasoning.config import Parser, Role, check, exit_code, one_line
 
@@ -28,7 +28,7 @@ def size(count: float) -> str:
   return f'{count / 1024**power:.1f} {("B", "KiB", "MiB", "GiB", "TiB")[power]}'
 
 
-def stored(source: str) -> dict[str, tuple[int, int]]:
+def tensors_by_dtype(source: str) -> dict[str, tuple[int, int]]:
   """dtype -> (tensors, numbers) of a folder or file."""
   found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
   kinds = (
@@ -57,7 +57,7 @@ def about_architecture(arch: Arch) -> Iterator[str]:
 
 def inspect(source: str) -> Iterator[str]:
   check(pathlib.Path(source).exists(), f'{source}: does not exist')
-  ours, arch, heads = build.is_run(source), build.read_arch(source), build.heads_in(source)
+  ours, arch, heads = stored.is_run(source), stored.read_arch(source), stored.heads_in(source)
   kind = 'a run of ours' if ours else 'a GGUF file' if weights.is_gguf(source) else 'a Hugging Face folder'
   yield f'{source}: {kind}, head for {" and ".join({"lm": "text", "scalar": "a score"}[head] for head in heads)}'
   yield 'architecture (what is not named is at its default):'
@@ -66,13 +66,13 @@ def inspect(source: str) -> Iterator[str]:
   total, active = model.count(table), model.count(table, arch)
   yield f'parameters: {total:,}' + (f', of which a token meets {active:,}' if active != total else '')
   if ours:
-    settings = build.adapters_of(source)
+    settings = stored.adapters_of(source)
     if settings.rank:
       trained = model.count(lora.table(table, settings))
       yield f'adapters: rank {settings.rank}, alpha {settings.alpha:g}, {trained:,} parameters ({size(4 * trained)}), of '\
-            f'{build.run_config(source, "roles", "policy", "init")}'  # fmt: skip
+            f'{stored.run_config(source, "roles", "policy", "init")}'  # fmt: skip
   else:
-    for name, (count, numbers) in stored(source).items():
+    for name, (count, numbers) in tensors_by_dtype(source).items():
       yield f'stored: {count} tensors of {name}, {numbers:,} numbers'
     weights.check_tensors(source, arch, heads, weights.open_tensors(source, arch))
     yield 'every tensor is accounted for, in its shape'
@@ -82,7 +82,7 @@ def inspect(source: str) -> Iterator[str]:
 
 
 def about_tokenizer(source: str) -> Iterator[str]:
-  name = build.resolve_tokenizer(Role(source))
+  name = resolution.resolve_tokenizer(Role(source))
   try:
     tok = tokenizer.load(name)
   except Exception as error:  # transformers raises all kinds
@@ -95,9 +95,9 @@ def about_tokenizer(source: str) -> Iterator[str]:
 
 def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path: str | None) -> None:
   check(pathlib.Path(source).exists(), f'{source}: does not exist')
-  if build.is_run(source):
+  if stored.is_run(source):
     check(tokenizer_path is None, '--tokenizer: a run of ours knows its own')
-    build.export(source, target, dtype, adapter)
+    stored.export(source, target, dtype, adapter)
     return
   check(not adapter, f'--adapter: {source} is no run of ours')
   arch, heads = weights.read_arch(source), weights.source_heads(source)
@@ -105,7 +105,7 @@ def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path:
   if not tokenizer_path and weights.has_tokenizer(source):
     tokenizer_path = source
   if tokenizer_path:
-    size = build.open_tokenizer('--tokenizer', tokenizer_path).vocab_size
+    size = resolution.open_tokenizer('--tokenizer', tokenizer_path).vocab_size
     check(size <= arch.vocab_size, f'the tokenizer {tokenizer_path} has {size} ids, {source} {arch.vocab_size} embeddings')
   weights.save(weights.load(source, arch, heads=heads), arch, target, tokenizer_path, heads, shift, dtype)
   if not tokenizer_path:
