@@ -29,6 +29,7 @@ def ours(path: str) -> list:
   tok, arch = tokenizer.load(resolution.resolve_tokenizer(config.Role(path))), stored.read_arch(path)
   params = stored.load_params(path, arch, jax.random.key(0), sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   ids = [tok.encode(prompt) for prompt in PROMPTS]
+  arch = arch.for_length(max(map(len, ids)) + TOKENS)
   settings = config.Rollout(max_completion_length=TOKENS, temperature=0.0)
   rolled = rollout.generate(params, arch, ids, settings=settings, group=1, end_ids=tok.end_ids, key=jax.random.key(0))
   return [[prompt, tokens[:length].tolist()] for prompt, tokens, length in zip(ids, rolled.tokens_NC, rolled.length_N)]

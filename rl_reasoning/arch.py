@@ -11,6 +11,10 @@ from typing import NamedTuple
 ROPE_TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
 ACTIVATIONS = ('silu', 'gelu_pytorch_tanh')
 FULL, SLIDING = 'full_attention', 'sliding_attention'
+OF_EXPERTS = (
+  'num_experts_per_tok', 'moe_intermediate_size', 'n_shared_experts', 'first_k_dense_replace', 'norm_topk_prob', 'scoring_func', 'n_group',
+  'topk_group', 'routed_scaling_factor',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +132,8 @@ class Arch:
       self._check_latent()
     if self.num_experts:
       self._check_experts()
-    elif self.first_k_dense_replace or self.n_shared_experts or self.num_experts_per_tok or self.moe_intermediate_size:
-      raise ValueError('model.num_experts is 0, so no field of experts can act')
+    elif set_in_vain := [f.name for f in dataclasses.fields(self) if f.name in OF_EXPERTS and getattr(self, f.name) != f.default]:
+      raise ValueError(f'model.num_experts is 0, so {", ".join(set_in_vain)} cannot act')
 
   def _check_layers(self):
     if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -166,6 +170,8 @@ class Arch:
       raise ValueError(
         f'model.n_group: {self.num_experts} experts in {self.n_group} groups, of which {self.topk_group} are chosen'
       )
+    if self.num_experts == self.n_group > 1:
+      raise ValueError(f'model.n_group: {self.n_group} groups of one expert; a group is judged by its best two')
     if self.n_group > 1 and self.topk_group * (self.num_experts // self.n_group) < self.num_experts_per_tok:
       raise ValueError(f'model.topk_group: {self.topk_group} groups have fewer than {self.num_experts_per_tok} experts')
 

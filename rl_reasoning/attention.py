@@ -17,6 +17,8 @@ from rl_reasoning.arch import Arch
 from rl_reasoning.lora import linear
 from rl_reasoning.structs import Array
 
+LATENT_EPS = 1e-6  # of the norms of latents, in the published code, whatever rms_norm_eps is
+ABSORBED = 'kv_up'  # the weight that is multiplied into others in decode
 NEG_INF = -1e30  # finite: a row that attends to nothing must not become NaN
 
 
@@ -71,22 +73,22 @@ def latent_attention(
   """
   R, turned = arch.kv_lora_rank, arch.qk_rope_head_dim
   if arch.q_lora_rank:
-    q = linear(w, 'q_up', norm(arch, linear(w, 'q_down', x), w['q_down_norm']))
+    q = linear(w, 'q_up', rms_norm(linear(w, 'q_down', x), w['q_down_norm'], LATENT_EPS))
   else:
     q = linear(w, 'q', x)
   plain = arch.head_dim - turned
   q_plain, q_turned = q[..., :plain], rope.rotate(q[..., plain:], turn, arch.rope_interleave)
   latent = linear(w, 'kv_down', x)
   shared = rope.rotate(latent[..., None, R:], turn, arch.rope_interleave)  # [N, T, 1, rope]
-  latent = norm(arch, latent[..., :R], w['kv_down_norm'])
+  latent = rms_norm(latent[..., :R], w['kv_down_norm'], LATENT_EPS)
   cached = jnp.concatenate([latent[..., None, :], shared], axis=-1)
-  if absorbed:  # in decode, where adapters are merged
-    k_up, v_up = w['kv_up'][..., :plain], w['kv_up'][..., plain:]  # [R, heads, plain], [R, heads, v]
+  if absorbed:  # in decode, where its adapter is merged
+    k_up, v_up = w[ABSORBED][..., :plain], w[ABSORBED][..., plain:]  # [R, heads, plain], [R, heads, v]
     q = jnp.concatenate([jnp.einsum('ntkh,rkh->ntkr', q_plain, k_up), q_turned], axis=-1)
     out, kept = attend(q, cached, None)
     out = jnp.einsum('ntkr,rkh->ntkh', out, v_up)
   else:
-    k, v = jnp.split(linear(w, 'kv_up', latent), [plain], axis=-1)
+    k, v = jnp.split(linear(w, ABSORBED, latent), [plain], axis=-1)
     k = jnp.concatenate([k, jnp.broadcast_to(shared, (*k.shape[:-1], turned))], axis=-1)
     out, _ = attend(jnp.concatenate([q_plain, q_turned], axis=-1), k, v)
     kept = cached, None

@@ -146,8 +146,11 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     archs['teacher'] = stored.read_arch(teacher.init).for_length(resolution.longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
   peak = critic.learning_rate or chosen.learning_rate
-  optimizer, schedule = optim.make(chosen, updates)
-  optimizers = {'policy': optimizer, 'critic': optim.make(dataclasses.replace(chosen, learning_rate=peak), updates)[0]}
+  optimizer, schedule = optim.make(chosen, updates, arch.stacks)
+  optimizers = {
+    'policy': optimizer,
+    'critic': optim.make(dataclasses.replace(chosen, learning_rate=peak), updates, archs.get('critic', arch).stacks)[0],
+  }
 
   def temperature(rows):
     rolled = rows.source_N == ROLLOUT

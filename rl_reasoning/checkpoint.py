@@ -46,6 +46,12 @@ def items(state: TrainState) -> dict[str, PyTree]:
   return {'params': state.params, 'opt': state.opt, 'rest': {'aux': state.aux, 'moving': state.moving, 'updates': state.updates}}
 
 
+# By default orbax cuts every replicated array, however small, into a slice a device: a program to compile and a file each.
+ocp.type_handlers.register_type_handler(
+  jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20), override=True
+)
+
+
 def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.CheckpointManager:
   """The manager of `workdir`/checkpoints. Without settings: to read only."""
   # orbax takes absolute paths only, and says so when the first checkpoint is due.

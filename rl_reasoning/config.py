@@ -67,7 +67,7 @@ def exit_code(command: Callable[[list[str]], int | None], argv: Sequence[str], a
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  preset: str = 'tiny'  # a name of presets.PRESETS; ignored keys are errors, see build.py
+  preset: str = 'tiny'  # a name of presets.PRESETS; ignored keys are errors, see resolution.py
   arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of model.Arch that differ from the preset
   dtype: str = 'float32'  # compute; parameters and optimizer are float32
   remat: str = 'none'  # none | dots | full: what the backward pass recomputes

@@ -104,8 +104,9 @@ def through(arch: Arch, w: Sequence[Array], x: Array, routed: Routed) -> Array:
   # What a grouped matmul gives of rows behind the last group is not defined, nor is the gradient.
   some = jnp.where(here, rows[order // k], 0)
   hidden = ACT[arch.hidden_act](jax.lax.ragged_dot(some, gate, sizes)) * jax.lax.ragged_dot(some, up, sizes)
-  out = jax.lax.ragged_dot(hidden, down, sizes) * routed.weights.reshape(-1)[order, None].astype(x.dtype)
-  return jnp.zeros_like(rows).at[order // k].add(jnp.where(here, out, 0)).reshape(*front, D)
+  out = jnp.where(here, jax.lax.ragged_dot(jnp.where(here, hidden, 0), down, sizes), 0)
+  out = out * routed.weights.reshape(-1)[order, None].astype(x.dtype)
+  return jnp.zeros_like(rows).at[order // k].add(out).reshape(*front, D)
 
 
 def grouped(arch: Arch, w: dict[str, Array], x: Array, routed: Routed) -> Array:

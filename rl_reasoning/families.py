@@ -25,8 +25,9 @@ class Family:
 
   classes: str  # what the classes of transformers begin with
   traits: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the record, in every model of it
-  theta: float = 10_000.0  # where config.json names none
-  tied: bool = False  # as transformers fills it in
+  defaults: dict[str, Any] = dataclasses.field(
+    default_factory=dict
+  )  # of transformers' class, for keys that config.json leaves out
   act: str = 'hidden_act'  # the key of the activation
   renamed: tuple[tuple[str, str], ...] = ()  # (in our names, in the family's)
 
@@ -36,19 +37,41 @@ MIXTRAL_NAMES = (
   ('.mlp.gate.', '.block_sparse_moe.gate.'), ('.mlp.experts.', '.block_sparse_moe.experts.'),
   ('.gate_proj.', '.w1.'), ('.up_proj.', '.w3.'), ('.down_proj.', '.w2.'),
 )  # fmt: skip
+GEMMA_DEFAULTS: dict[str, Any] = {
+  'num_key_value_heads': 4, 'head_dim': 256, 'sliding_window': 4096, 'query_pre_attn_scalar': 256, 'tie_word_embeddings': True,
+}  # fmt: skip
 FAMILIES: dict[str, Family] = {
-  'llama': Family('Llama'),
-  'mistral': Family('Mistral'),
-  'smollm3': Family('SmolLM3', theta=2e6, tied=True),
-  'qwen2': Family('Qwen2', {'qkv_bias': True}),
-  'qwen3': Family('Qwen3', {'qk_norm': True}),
-  'gemma2': Family('Gemma2', GEMMA, tied=True, act='hidden_activation'),
-  'gemma3_text': Family('Gemma3', {**GEMMA, 'qk_norm': True}, theta=1e6, tied=True, act='hidden_activation'),
-  'phi3': Family('Phi3'),
-  'mixtral': Family('Mixtral', theta=1e6, renamed=MIXTRAL_NAMES),
-  'qwen3_moe': Family('Qwen3Moe', {'qk_norm': True}),
-  'deepseek_v3': Family('DeepseekV3', {'scoring_func': 'sigmoid'}),
-}
+  'llama': Family('Llama', {}, {'max_position_embeddings': 2048}),
+  'mistral': Family('Mistral', {}, {'num_key_value_heads': 8, 'sliding_window': 4096, 'max_position_embeddings': 131_072}),
+  'smollm3': Family('SmolLM3', {}, {
+    'num_key_value_heads': 4, 'rope_theta': 2e6, 'tie_word_embeddings': True, 'max_position_embeddings': 32_768,
+  }),
+  'qwen2': Family('Qwen2', {'qkv_bias': True}, {'num_key_value_heads': 32, 'max_position_embeddings': 32_768}),
+  'qwen3': Family('Qwen3', {'qk_norm': True}, {'num_key_value_heads': 32, 'head_dim': 128, 'max_position_embeddings': 32_768}),
+  'gemma2': Family('Gemma2', GEMMA, {
+    **GEMMA_DEFAULTS, 'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0, 'max_position_embeddings': 8192,
+  }, act='hidden_activation'),
+  'gemma3_text': Family('Gemma3', {**GEMMA, 'qk_norm': True}, {  # published ones rely on these
+    **GEMMA_DEFAULTS, 'rope_theta': 1e6, 'max_position_embeddings': 131_072, 'vocab_size': 262_208, 'num_attention_heads': 8,
+    'rms_norm_eps': 1e-6,
+  }, act='hidden_activation'),
+  'phi3': Family('Phi3', {}, {
+    'num_key_value_heads': 32, 'max_position_embeddings': 4096, 'original_max_position_embeddings': 4096,
+  }),
+  'mixtral': Family('Mixtral', {}, {
+    'num_key_value_heads': 8, 'rope_theta': 1e6, 'num_local_experts': 8, 'num_experts_per_tok': 2, 'max_position_embeddings': 131_072,
+  }, renamed=MIXTRAL_NAMES),
+  'qwen3_moe': Family('Qwen3Moe', {'qk_norm': True}, {
+    'num_key_value_heads': 4, 'num_experts_per_tok': 8, 'moe_intermediate_size': 768, 'max_position_embeddings': 32_768,
+  }),
+  'deepseek_v3': Family('DeepseekV3', {'scoring_func': 'sigmoid'}, {
+    'num_key_value_heads': 128, 'num_experts_per_tok': 8, 'moe_intermediate_size': 2048, 'n_shared_experts': 1,
+    'first_k_dense_replace': 3, 'n_group': 8, 'topk_group': 4, 'routed_scaling_factor': 2.5, 'q_lora_rank': 1536, 'kv_lora_rank': 512,
+    'qk_rope_head_dim': 64, 'qk_nope_head_dim': 128, 'v_head_dim': 128, 'max_position_embeddings': 4096,
+  }),
+}  # fmt: skip
+ENDINGS = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # of the classes with either head
+WINDOWED = ('mistral', 'mixtral', 'phi3', 'qwen3_moe')  # all of their layers have the window, or none
 ROPE_KEYS = {
   'default': (), 'linear': (), 'dynamic': (), 'llama3': ('low_freq_factor', 'high_freq_factor'),
   'yarn': ('beta_fast', 'beta_slow', 'truncate', 'mscale', 'mscale_all_dim', 'attention_factor'),
@@ -97,26 +120,28 @@ class Reader:
     self.check(isinstance(value, int) and not isinstance(value, bool) and value >= 0, f'{key} {value!r} is no count')
     return value
 
+  def positive(self, key: str, default: int) -> int:
+    value = self.count(key, default)
+    self.check(value > 0, f'{key} 0 must be positive')
+    return value
+
   def numbers(self, key: str) -> list:
     value = self.need(key)
     self.check(isinstance(value, list), f'{key} {value!r} is no list')
     return value
 
 
+def rope_type(given: Mapping[str, Any]) -> str:
+  kind = str(given.get('rope_type') or given.get('type') or 'default')
+  return 'longrope' if kind == 'su' else kind
+
+
 def read_rope(r: Reader, given: Mapping[str, Any], theta: float) -> tuple[float, RopeScaling]:
   """(theta, scaling) of one set of rope parameters, of transformers 4 or 5."""
-  kind = given.get('rope_type') or given.get('type') or 'default'
-  kind = {'su': 'longrope', 'none': 'default', 'mrope': 'default'}.get(kind, kind)
+  kind = rope_type(given)
   r.check(kind in ROPE_TYPES, f'rope type {kind!r} is none of {", ".join(ROPE_TYPES)}')
-  known = {
-    'rope_type',
-    'type',
-    'rope_theta',
-    'factor',
-    'partial_rotary_factor',
-    'original_max_position_embeddings',
-    *ROPE_KEYS[kind],
-  }
+  known = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor', 'original_max_position_embeddings', *ROPE_KEYS[kind]}
+  known |= set() if kind == 'default' else {'factor'}
   r.check(not given.keys() - known, f'rope parameters {sorted(given.keys() - known)} are not known to type {kind!r}')
   theta = given.get('rope_theta') or r.get('rope_theta', theta)
   if kind == 'default':
@@ -145,8 +170,12 @@ def read_rope(r: Reader, given: Mapping[str, Any], theta: float) -> tuple[float,
 def read_ropes(r: Reader, family: Family) -> dict[str, Any]:
   for key in ('rope_scaling', 'rope_parameters'):
     r.check(isinstance(r.get(key, {}), dict), f'{key} {r.get(key)!r} is no JSON object')
-  given = {**r.get('rope_scaling', {}), **r.get('rope_parameters', {})}
-  local: dict[str, Any] = {}
+  old, given = r.get('rope_scaling', {}), r.get('rope_parameters', {})
+  beside = given.get(FULL, given) if given else old  # transformers 4 reads the one, 5 the other: both together must say the same
+  same = {'rope_type': rope_type(old)} | {key: x for key, x in old.items() if key != 'type'}
+  r.check(not old or (isinstance(beside, dict) and same.items() <= {**beside, 'rope_type': rope_type(beside)}.items()),
+          f'rope_scaling {old} is not what rope_parameters {given} has: leave one out')  # fmt: skip
+  given, local = given or old, {}
   if FULL in given or SLIDING in given:  # a set a kind of layers, as transformers 5 writes Gemma 3
     r.check(all(isinstance(part, dict) for part in given.values()), 'rope_parameters: one set a kind of layers, or one for all')
     local_theta, scaling = read_rope(r, given.get(SLIDING) or {}, 10_000.0)
@@ -154,8 +183,9 @@ def read_ropes(r: Reader, family: Family) -> dict[str, Any]:
     local, given = {'local_rope_theta': local_theta}, given.get(FULL) or {}
   elif r.get('model_type') == 'gemma3_text':
     local = {'local_rope_theta': r.get('rope_local_base_freq', 10_000.0)}
-  theta, scaling = read_rope(r, given, family.theta)
+  theta, scaling = read_rope(r, given, 10_000.0)
   turned = given.get('partial_rotary_factor') or r.get('partial_rotary_factor', 1.0)
+  r.check(turned == 1 or family.classes == 'Phi3', f'partial_rotary_factor {turned}: only phi3 has it')
   return {'rope_theta': theta, 'rope_scaling': dataclasses.asdict(scaling), 'partial_rotary_factor': turned, **local}
 
 
@@ -168,16 +198,19 @@ def read_layers(r: Reader, name: str, layers: int) -> dict[str, Any]:
     not on or name not in ('llama', 'deepseek_v3'), f'use_sliding_window: a model of type {name!r} has no layers with a window'
   )
   if name == 'smollm3':
-    every = r.count('no_rope_layer_interval', 4)
+    every = r.positive('no_rope_layer_interval', 4)
     turns = r.get('no_rope_layers') or [int((i + 1) % every != 0) for i in range(layers)]
     r.check(len(turns) == layers, f'no_rope_layers: {len(turns)} for {layers} layers')
     found['no_rope_layers'] = tuple(i for i, turn in enumerate(turns) if not turn)  # 1 means that it turns
-  if r.get('layer_types'):
+  if name in WINDOWED:
+    types = (SLIDING if on else FULL,) * layers
+    r.check(tuple(r.get('layer_types') or types) == types, f'layer_types: all layers of a {name} have the window, or none')
+  elif r.get('layer_types'):
     types = tuple(r.numbers('layer_types'))
     other = sorted({str(kind) for kind in types} - {FULL, SLIDING})
     r.check(not other, f'layer_types {", ".join(other)}: only full and sliding attention are built')
   elif name in ('gemma2', 'gemma3_text'):
-    every = 2 if name == 'gemma2' else r.count('sliding_window_pattern', 6)
+    every = 2 if name == 'gemma2' else r.positive('sliding_window_pattern', 6)
     types = tuple(SLIDING if (i + 1) % every else FULL for i in range(layers))
   elif name in ('qwen2', 'qwen3'):
     first = r.count('max_window_layers', 28)
@@ -204,7 +237,7 @@ def read_experts(r: Reader, name: str) -> dict[str, Any]:
       r.get('decoder_sparse_step', 1) == 1 and not r.get('mlp_only_layers'),
       'dense layers between those with experts are not built',
     )
-    experts = r.get('num_experts') or r.get('num_local_experts')
+    experts = r.get('num_experts') or r.get('num_local_experts', 128)
     return {
       'num_experts': experts, 'num_experts_per_tok': r.count('num_experts_per_tok'),
       'moe_intermediate_size': r.count('moe_intermediate_size'), 'norm_topk_prob': bool(r.get('norm_topk_prob', False)),
@@ -214,7 +247,7 @@ def read_experts(r: Reader, name: str) -> dict[str, Any]:
     r.check(r.get('topk_method', 'noaux_tc') == 'noaux_tc', f'topk_method {r.get("topk_method")!r} is not noaux_tc')
     r.check(r.get('moe_layer_freq', 1) == 1, 'moe_layer_freq: dense layers between those with experts are not built')
     return {
-      'num_experts': r.get('n_routed_experts') or r.get('num_local_experts'), 'num_experts_per_tok': r.count('num_experts_per_tok'),
+      'num_experts': r.get('n_routed_experts') or r.get('num_local_experts', 256), 'num_experts_per_tok': r.count('num_experts_per_tok'),
       'moe_intermediate_size': r.count('moe_intermediate_size'), 'n_shared_experts': r.count('n_shared_experts', 0),
       'first_k_dense_replace': r.count('first_k_dense_replace', 0), 'norm_topk_prob': bool(r.get('norm_topk_prob', True)),
       'n_group': r.count('n_group', 1), 'topk_group': r.count('topk_group', 1),
@@ -234,17 +267,26 @@ def read_latent(r: Reader) -> dict[str, Any]:
 
 def hf_arch(file: pathlib.Path) -> Arch:
   """The architecture of a config.json. Raises ConfigError for what this model cannot be."""
-  return read_config(read_json(file), file)
+  try:
+    return read_config(read_json(file), file)
+  except (TypeError, ValueError, AttributeError) as error:  # a value of another kind than any published one
+    raise error if isinstance(error, ConfigError) else ConfigError(f'{file}: a value of a wrong type: {error}') from None
 
 
 def read_config(config: Config, file: pathlib.Path) -> Arch:
   r = Reader(file, config)
+  classes = r.get('architectures', [])
   if r.get('model_type') == 'gemma3':  # text and pictures: the language model alone
     r.check(isinstance(r.get('text_config'), dict), "no key 'text_config'")
-    r = Reader(file, {'tie_word_embeddings': True, **r.config['text_config'], 'model_type': 'gemma3_text'})
+    r = Reader(file, {**r.config['text_config'], 'model_type': 'gemma3_text'})
   name = r.need('model_type')
-  r.check(name in FAMILIES, f'model_type {name!r} is none of {", ".join(FAMILIES)}')
+  r.check(isinstance(name, str) and name in FAMILIES, f'model_type {name!r} is none of {", ".join(FAMILIES)}')
   family = FAMILIES[name]
+  endings = (*ENDINGS.values(), 'ForConditionalGeneration')
+  r.check(isinstance(classes, list), f'architectures {classes!r} is no list')
+  built = [c for c in classes if str(c).startswith(family.classes) and str(c).endswith(endings)]
+  r.check(not classes or bool(built), f'architectures {classes}: none is {family.classes} with a head for text or for scores')
+  r = Reader(file, {**family.defaults, **r.config})
   for key in NO_BIAS:
     r.check(not r.get(key, False), f'{key} is on, which is not built')
   for key in ('num_hidden_layers', 'num_attention_heads', 'hidden_size'):
@@ -258,7 +300,7 @@ def read_config(config: Config, file: pathlib.Path) -> Arch:
     'num_attention_heads': heads,
     'num_key_value_heads': r.count('num_key_value_heads', heads),
     'head_dim': r.get('head_dim', r.need('hidden_size') // heads),
-    'tie_word_embeddings': bool(r.get('tie_word_embeddings', family.tied)),
+    'tie_word_embeddings': bool(r.get('tie_word_embeddings', False)),
     'max_position_embeddings': r.count('max_position_embeddings', 0),
     'hidden_act': 'gelu_pytorch_tanh' if act == 'gelu_new' else act,
     **read_ropes(r, family),
@@ -315,6 +357,20 @@ def rope_config(arch: Arch) -> dict[str, Any]:
   return {FULL: given, SLIDING: {'rope_type': 'default', 'rope_theta': arch.local_rope_theta}}
 
 
+def old_rope_config(arch: Arch, name: str) -> dict[str, Any]:
+  """What rope_parameters says, where transformers 4 and other readers look for it."""
+  found: dict[str, Any] = {'rope_theta': arch.rope_theta}
+  if name == 'gemma3_text':
+    found['rope_local_base_freq'] = arch.local_rope_theta
+  if arch.rope_scaling.rope_type != 'default':
+    given = rope_config(arch)
+    given = {key: value for key, value in given.get(FULL, given).items() if key not in ('rope_theta', 'partial_rotary_factor')}
+    if name == 'phi3' and not arch.rope_scaling.attention_factor:  # exactly these three keys; the rest follows from the lengths
+      given = {key: given[key] for key in ('short_factor', 'long_factor')} | {'type': 'longrope'}
+    found['rope_scaling'] = given
+  return found
+
+
 def layer_config(a: Arch, family: str) -> dict[str, Any]:
   types = list(a.layer_types or (FULL,) * a.num_hidden_layers)
   found: dict[str, Any] = {'sliding_window': a.sliding_window or None}
@@ -349,14 +405,14 @@ def expert_config(a: Arch, family: str) -> dict[str, Any]:
   return found
 
 
-def hf_config(arch: Arch, ending: str) -> dict[str, Any]:
-  """config.json of an architecture; `ending` is what its class ends in. Raises ConfigError for one that no family has all of."""
+def hf_config(arch: Arch, head: str) -> dict[str, Any]:
+  """config.json of an architecture with the head 'lm' or 'scalar'. Raises ConfigError for one that no family has all of."""
   name = family_of(arch)
   family, fields = FAMILIES[name], ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
                                     'num_key_value_heads', 'rms_norm_eps', 'tie_word_embeddings')  # fmt: skip
   original = arch.rope_scaling.original_max_position_embeddings
   config = {
-    'architectures': [family.classes + ending],
+    'architectures': [('Gemma3Text' if name == 'gemma3_text' and head == 'scalar' else family.classes) + ENDINGS[head]],
     'model_type': name,
     'dtype': 'float32',
     family.act: arch.hidden_act,
@@ -365,7 +421,7 @@ def hf_config(arch: Arch, ending: str) -> dict[str, Any]:
     **({'max_position_embeddings': arch.max_position_embeddings} if arch.max_position_embeddings else {}),
     **({'original_max_position_embeddings': original} if name == 'phi3' and original else {}),
     **({'partial_rotary_factor': arch.partial_rotary_factor} if arch.partial_rotary_factor != 1 else {}),
-    'rope_theta': arch.rope_theta,  # where transformers 4 and most other readers look
+    **old_rope_config(arch, name),
     'rope_parameters': rope_config(arch),
     **layer_config(arch, name),
     **expert_config(arch, name),
@@ -386,6 +442,7 @@ def check_exports(arch: Arch, config: Config) -> None:
   from_it = dataclasses.asdict(read_config(config, pathlib.Path('config.json')))
   own = dataclasses.asdict(arch) | {'model_type': from_it['model_type']}
   own['rope_scaling'] |= {'length': 0}
+  own['max_position_embeddings'] = own['max_position_embeddings'] or from_it['max_position_embeddings']
   lost = [f'{key} {own[key]!r}' for key in own if own[key] != from_it[key] and (own[key] or from_it[key])]
   check(not lost, f'transformers has no model of type {config["model_type"]} with {", ".join(lost)}')
 

@@ -53,18 +53,20 @@ def pre_tokenizers() -> dict[str, Any]:
   return {
     'smollm': pre.Sequence([pre.Digits(individual_digits=True), byte_level]),
     'qwen2': split_at(r'\p{N}'),
+    'deepseek-r1-qwen': split_at(r'\p{N}'),  # of the models distilled into Qwen 2.5
     'llama-bpe': split_at(r'\p{N}{1,3}'),
   }
 
 
 def load_gguf_tokenizer(path: str):
-  """transformers.PreTrainedTokenizerFast from the file's own vocabulary, merges, special tokens and chat template."""
+  """(transformers.PreTrainedTokenizerFast of the file's own vocabulary, merges, special tokens and chat template; ids that end a turn)."""
   import tokenizers
   import transformers
 
   kind, pre, known = metadata(path, 'tokenizer.ggml.model'), metadata(path, 'tokenizer.ggml.pre'), pre_tokenizers()
-  check(kind == 'gpt2', f"{path}: tokenizer model {kind!r} is not 'gpt2' (byte-level BPE)")
-  check(pre in known, f'{path}: pre-tokenizer {pre!r} is none of {", ".join(known)}')
+  elsewhere = 'name a folder with the tokenizer (roles.policy.tokenizer)'
+  check(kind == 'gpt2', f"{path}: tokenizer model {kind!r} is not 'gpt2' (byte-level BPE): {elsewhere}")
+  check(pre in known, f'{path}: pre-tokenizer {pre!r} is none of {", ".join(known)}: {elsewhere}')
   tokens, types = metadata(path, 'tokenizer.ggml.tokens'), metadata(path, 'tokenizer.ggml.token_type')
   merges = [tuple(merge.split(' ')) for merge in metadata(path, 'tokenizer.ggml.merges')]
   check(len(types) == len(tokens), f'{path}: {len(types)} values of tokenizer.ggml.token_type for {len(tokens)} tokens')
@@ -75,6 +77,8 @@ def load_gguf_tokenizer(path: str):
   except Exception as error:  # tokenizers raises plain Exception: a merge of tokens that are not there
     raise ConfigError(f'{path}: tokenizer.ggml.merges: {error}') from None
   inner.pre_tokenizer, inner.decoder = known[pre], tokenizers.decoders.ByteLevel()
+  if pre == 'qwen2':  # as its tokenizer.json has it
+    inner.normalizer = tokenizers.normalizers.NFC()
   added = [
     tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
     for token, kind in zip(tokens, types, strict=True)
@@ -89,4 +93,5 @@ def load_gguf_tokenizer(path: str):
       special[f'{role}_token'] = tokens[index]
   result = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
   result.chat_template = metadata(path, 'tokenizer.chat_template', None)
-  return result
+  turn = metadata(path, 'tokenizer.ggml.eot_token_id', None)
+  return result, () if turn is None else (int(turn),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,10 +70,16 @@ def join(base: PyTree, adapter: PyTree, lora: Lora) -> PyTree:
   return joined
 
 
-def merged_layer(w: dict[str, Array]) -> dict[str, Array]:
-  """One layer's weights, float32 [in..., out...], with their adapters added and gone."""
-  own = {name: x for name, x in w.items() if not name.endswith((A, B))}
-  return {name: x + jnp.tensordot(w[name + A], w[name + B], 1) if name + A in w else x for name, x in own.items()}
+def adapted(w: dict[str, Array], *names: str) -> bool:
+  """Whether any of these weights has an adapter beside it."""
+  return any(name + A in w for name in names)
+
+
+def merged_layer(w: dict[str, Array], names: Sequence[str]) -> dict[str, Array]:
+  """One layer's weights, float32 [in..., out...]; those of `names` with their adapters added and gone."""
+  merged = {name: w[name] + jnp.tensordot(w[name + A], w[name + B], 1) for name in names if name + A in w}
+  gone = {name + factor for name in merged for factor in (A, B)}
+  return {name: x for name, x in {**w, **merged}.items() if name not in gone}
 
 
 def merge(joined: PyTree) -> PyTree:

@@ -268,7 +268,7 @@ def forward(
   """
   if frozen_layers:
     if features is None:
-      features = trunk(params, arch, tokens, segment_NT, position_NT, frozen_layers, dtype)
+      features = trunk(params, arch, tokens, segment_NT, position_NT, frozen_layers, dtype, replay)
     x = jax.lax.stop_gradient(features.astype(dtype))
   else:
     x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
@@ -277,10 +277,19 @@ def forward(
   return attention.norm(arch, x, params['final_norm'].astype(dtype)), kept
 
 
-def trunk(params: PyTree, arch: Arch, tokens: Array, segment_NT: Array, position_NT: Array, layers: int, dtype: str) -> Array:
+def trunk(
+  params: PyTree,
+  arch: Arch,
+  tokens: Array,
+  segment_NT: Array,
+  position_NT: Array,
+  layers: int,
+  dtype: str,
+  replay: Array | None = None,
+) -> Array:
   """[N, T, D]: what the first `layers` layers give."""
   x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
-  return run_layers(x, params, arch, segment_NT, position_NT, dtype, layers=range(layers))[0]
+  return run_layers(x, params, arch, segment_NT, position_NT, dtype, layers=range(layers), replay=replay)[0]
 
 
 def embed(params: PyTree, arch: Arch, tokens: Array, dtype: str) -> Array:
@@ -302,14 +311,16 @@ def logits(hidden: Array, head_VD: Array, softcap: float = 0.0) -> Array:
 @functools.partial(jax.jit, static_argnames=('arch', 'dtype', 'fuse'))
 def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[dict[str, Array], ...]:
   """Per-layer weights for the unrolled decode loop, made once a rollout. `fuse` joins q/k/v and gate/up into one matmul each
-  (7 to 8 % of a decode step on CPU); off under tensor parallelism, where the joined axis would mix shards."""
+  (7 to 8 % of a decode step on CPU); off under tensor parallelism, where the joined axis would mix shards. Adapters are merged in float32
+  alone: in bfloat16, W + AB is W where AB is small, and the sampler would miss an adapter's first updates."""
   layers = []
   for stack, numbers in arch.stacks.items():
     for index in range(len(numbers)):
-      w = cast(lora.merged_layer({name: p[index] for name, p in params[stack].items()}), dtype)
-      if fuse and 'k' in w:
+      own = {name: p[index] for name, p in params[stack].items()}
+      w = cast(lora.merged_layer(own, tuple(own) if dtype == 'float32' else (attention.ABSORBED,)), dtype)
+      if fuse and 'k' in w and not lora.adapted(w, 'q', 'k', 'v'):
         w['qkv'] = jnp.concatenate([w.pop(n).reshape(arch.hidden_size, -1) for n in ('q', 'k', 'v')], axis=-1)
-      if fuse and 'gate' in w:
+      if fuse and 'gate' in w and not lora.adapted(w, 'gate', 'up'):
         w['gate_up'] = jnp.concatenate([w.pop('gate'), w.pop('up')], axis=-1)
       layers.append(w)
   return tuple(layers)

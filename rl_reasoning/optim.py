@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,23 +23,25 @@ def decays(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def freeze(layers: int) -> optax.GradientTransformation:
-  """Leaves the embedding and the first layers as they are. Their gradients are 0 already (model.make_net); decay is not."""
+def freeze(layers: int, stacks: Mapping[str, range]) -> optax.GradientTransformation:
+  """Leaves the embedding and the first layers as they are, whatever stack they are of. Their gradients are 0 already (model.make_net);
+  decay is not."""
 
   def update(updates, params):
     def keep(path, x):
       names = [str(key.key) for key in path]
       if names[0] == 'embed':
         return jnp.zeros_like(x)
-      return x.at[:layers].set(0.0) if names[0] == 'layers' else x
+      return x.at[: max(0, layers - stacks[names[0]].start)].set(0.0) if names[0] in stacks else x
 
     return jax.tree_util.tree_map_with_path(keep, updates)
 
   return optax.stateless(update)
 
 
-def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation, Callable]:
+def make(optim: Optim, total_updates: int, stacks: Mapping[str, range]) -> tuple[optax.GradientTransformation, Callable]:
   """(transformation, schedule). Schedules count updates; the last update of `linear` and `cosine` is the one before zero.
+  `stacks`: those of the architecture (Arch.stacks).
 
   Raises ConfigError for an unknown optimizer, one that needs more than gradients, and an option that it does not take.
   """
@@ -65,7 +67,7 @@ def make(optim: Optim, total_updates: int) -> tuple[optax.GradientTransformation
   weights = {'w': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
   try:
     steps.append(build(schedule, **options))
-    optimizer = optax.chain(*steps, *([freeze(optim.frozen_layers)] if optim.frozen_layers else []))
+    optimizer = optax.chain(*steps, *([freeze(optim.frozen_layers, stacks)] if optim.frozen_layers else []))
     jax.eval_shape(lambda w: optimizer.update(w, optimizer.init(w), w), weights)
   except Exception as error:  # an option of a wrong type shows only when it is used
     text = f"config section 'optim': optax.{optim.name} with {dict(optim.options)} makes no update: {error}"

@@ -188,7 +188,7 @@ def inert(config: Config, objective, arch: Arch) -> dict[str, str]:
     drop('data.pretrain', 'the objective mixes no rows in')
   if not (rl and arch.num_experts):
     drop('optim.router_replay', 'the policy has no experts' if rl else 'nothing is learned from what the policy samples')
-  if arch.scoring_func != 'sigmoid' or config.lora.rank:
+  if not arch.num_experts or arch.scoring_func != 'sigmoid' or config.lora.rank:
     drop(
       'optim.router_bias_rate', 'the weights themselves are frozen' if config.lora.rank else 'no router of the policy has a bias'
     )
@@ -382,9 +382,9 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
     whole_mesh = dataclasses.replace(config.mesh, expert=1, data=-1)
     config = dataclasses.replace(config, lora=Lora(), mesh=whole_mesh)
     keys_set = {key for key in keys_set if not key.startswith(('lora.', 'optim.router_', 'mesh.'))}
-  config, objective, _ = resolve(config, keys_set, absent)
+  config, objective, arch = resolve(config, keys_set, absent)
   check_sizes(config, objective, make_mesh(config))
-  optim.make(config.optim, 1)
+  optim.make(config.optim, 1, arch.stacks)
 
 
 def model_names(config: Config) -> set[str]:
@@ -396,7 +396,7 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   """Resolved config, hash, the effective formula, batch sizes, and what is inert: for --explain, sweeps and launchers."""
   resolved, objective, arch = resolve(config, keys_set)
   check_splits(resolved, objective)
-  optim.make(config.optim, 1)
+  optim.make(config.optim, 1, arch.stacks)
   table = model.weight_table(arch, objective.heads['policy'])
   counts = {'parameters': model.count(table)}
   if config.lora.rank:

@@ -116,7 +116,6 @@ def export(run: str, path: str, dtype: str = 'float32', adapter: bool = False) -
   if adapter:
     settings = adapters_of(run)
     check(settings.rank > 0, f'{run}: a run without adapters (lora.rank 0)')
-    check(not score_shift(run), f'{run}: its scores are shifted, which a folder of adapters cannot tell: merge them')
     base, params = run_config(run, 'roles', 'policy', 'init'), checkpoint.restore_params(run, 'policy')
     weights.save_adapter(params, arch, settings, path, base, (head,), dtype)
     return

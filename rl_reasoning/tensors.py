@@ -66,6 +66,7 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
           if name not in eighths
           else functools.partial(eighth, file, name)
         )
+        check(name not in result, f'{file}: tensor {name} is in {result[name].file if name in result else file}, too')
         result[name] = Tensor(str(file), shape, read)
     except (safetensors.SafetensorError, OSError) as error:
       raise ConfigError(f'{file}: truncated or no safetensors file: {error}') from None
@@ -99,10 +100,14 @@ def dequantised(tensors: dict[str, Tensor], eighths: set[str], folder: pathlib.P
   file = folder / 'config.json'
   quantised = read_json(file).get('quantization_config') or {} if file.is_file() else {}
   if quantised:
+    check(isinstance(quantised, dict), f'{file}: quantization_config {quantised!r} is no JSON object')
     method, block = quantised.get('quant_method'), quantised.get('weight_block_size')
-    check(method == 'fp8' and list(block or ()) == [BLOCK, BLOCK],
+    check(method == 'fp8' and block == [BLOCK, BLOCK],
           f'{file}: quantization {method!r} with blocks of {block} is not read, only fp8 in blocks of [{BLOCK}, {BLOCK}]')  # fmt: skip
-  result = {name: tensor for name, tensor in tensors.items() if not name.endswith('_scale_inv')}
+  scales_of = {
+    f'{name}_scale_inv' for name in eighths
+  }  # any other scale belongs to numbers that were cast without it: it stays, unread
+  result = {name: tensor for name, tensor in tensors.items() if name not in scales_of}
   for name in sorted(eighths):
     check(f'{name}_scale_inv' in tensors, f'{tensors[name].file}: tensor {name} is of 8 bits, and {name}_scale_inv is missing')
     scales = tensors[f'{name}_scale_inv']

@@ -5,6 +5,7 @@ A tokenizer here is anything with `encode`, `decode`, `chat`, `vocabulary`, `end
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -83,7 +84,7 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-  """A transformers tokenizer from a folder, the hub's cache, or a GGUF file; end ids from it AND from generation_config. `added`: further
+  """A transformers tokenizer from a folder or a GGUF file; end ids from it AND from generation_config. `added`: further
   tokens, which come out of text as one id each. Like the tags of published reasoning models they are not special: whoever decodes without
   special tokens still sees them."""
 
@@ -94,15 +95,10 @@ class HFTokenizer:
     if path.endswith('.gguf'):
       from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer
 
-      self.inner: Any = load_gguf_tokenizer(path)
-      more: Any = ()
+      self.inner, more = load_gguf_tokenizer(path)
     else:
-      self.inner = transformers.AutoTokenizer.from_pretrained(path)
-      try:
-        more = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-      except OSError:  # a folder without generation_config.json
-        more = ()
-      more = tuple(more) if isinstance(more, (list, tuple)) else (() if more is None else (more,))
+      self.inner: Any = transformers.AutoTokenizer.from_pretrained(path)
+      more = generation_end_ids(pathlib.Path(path))
     own = () if self.inner.eos_token_id is None else (self.inner.eos_token_id,)
     self.end_ids = tuple(sorted({*own, *more}))
     if not self.end_ids:
@@ -114,7 +110,7 @@ class HFTokenizer:
     for token in added:
       if len(self.encode(token)) != 1:
         raise ValueError(f'tokenizer {path!r}: {token!r} cannot be added: it comes out as {self.encode(token)}')
-    self.vocab_size = len(self.inner)
+    self.vocab_size = max(len(self.inner), 1 + max(self.inner.get_vocab().values()))
 
   def encode(self, text: str) -> list[int]:
     return self.inner.encode(text, add_special_tokens=False)
@@ -128,6 +124,18 @@ class HFTokenizer:
 
   def vocabulary(self) -> dict[str, int]:
     return self.inner.get_vocab()
+
+
+def generation_end_ids(folder: pathlib.Path) -> tuple[int, ...]:
+  """What ends a text besides the tokenizer's own end token: as generation_config.json says, or config.json where there is none."""
+  for name in ('generation_config.json', 'config.json'):
+    if (folder / name).is_file():
+      try:
+        ids = json.loads((folder / name).read_text()).get('eos_token_id')
+      except (ValueError, AttributeError) as error:
+        raise ValueError(f'{folder / name}: no JSON object: {error}') from None
+      return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+  return ()
 
 
 def parts(name: str) -> tuple[str, tuple[str, ...]]:

@@ -82,7 +82,8 @@ def check_frozen(workdir: epath.Path, state: TrainState) -> None:
   if path.exists():
     began = read_json(path)
     for role in found.keys() | began.keys():
-      check(found.get(role) == began.get(role), f'roles.{role}: its weights are not those that {workdir} began with')
+      named = 'policy' if role == 'base' else role.removeprefix('base.')  # what adapters adapt: see build.build
+      check(found.get(role) == began.get(role), f'roles.{named}.init: its weights are not those that {workdir} began with')
   else:
     write_atomically(path, json.dumps(found))
 
@@ -136,7 +137,7 @@ def loop(
     saves = last_or_every(step, config.checkpoint.every)
     checked = {name: value for name, value in values.items() if name == 'loss' or name.startswith('grad_norm')}
     if saves:  # a finite gradient can still take the weights beyond all numbers
-      checked['the norm of the weights'] = float(optax.global_norm(state.params))
+      checked['the norm of the weights'] = float(jax.jit(optax.global_norm)(state.params))
     for name, value in checked.items():
       if not math.isfinite(value):
         last = manager.latest_step()

@@ -58,7 +58,7 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
   those that are trained are only a part of them (adapters). `routers`: of trainable roles with experts (layers, experts), whose loads are
   measured.
 
-  `micro_batch` counts rows over all devices, 0 the whole batch. Batches reach it checked (build.py): every split divides.
+  `micro_batch` counts rows over all devices, 0 the whole batch. Batches reach it checked (resolution.py): every split divides.
   """
   together = objective.rows_together
 

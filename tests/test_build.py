@@ -632,7 +632,7 @@ def test_configs(monkeypatch):
     resolved, objective, _ = resolve(settings)
     resolution.check_splits(resolved, objective)
     evaluators.make_evaluators(resolved.eval.evaluators)
-  monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  monkeypatch.setattr(resolution, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   given = {'scale': 'stage=all,base=tests/fixtures/llama', 'gsm8k_rounds': 'weights=tests/fixtures/llama'}
   for file in ('rlhf_nano', 'r1_nano', 'best_of_k', 'return_conditioned', 'lora_nano', *given):
     pipeline.check_stages(config.read_file(f'configs/{file}.py:{given.get(file, "seed=0")}')['stages'], '/no/such')
@@ -764,7 +764,7 @@ def test_factored_optimizer_on_a_mesh():
   mesh = sharding.make_mesh(1, 4, 2)
   arch = dataclasses.replace(PRESETS['tiny'], hidden_size=256, intermediate_size=256)
   shapes = jax.eval_shape(functools.partial(model.init, arch=arch), jax.random.key(0))
-  optimizer, _ = optim.make(config.Optim(name='adafactor'), 1)
+  optimizer, _ = optim.make(config.Optim(name='adafactor'), 1, arch.stacks)
   placed = build.optimizer_shardings(mesh, optimizer, shapes, stored.param_shardings(mesh, arch))
   jax.jit(optimizer.init, out_shardings=placed).lower(shapes)
 

@@ -201,7 +201,7 @@ class Example:
 
 
 def test_from_mapping():
-  """Failure: what build.py fills in can be set by a config, or a class's own refusal is a traceback."""
+  """Failure: what resolution.py fills in can be set by a config, or a class's own refusal is a traceback."""
   assert config.from_mapping(Example, {'size': 3}, given='x') == Example(3, 'x')
   assert "'a.given' is unknown" in refusal(lambda: config.from_mapping(Example, {'size': 3, 'given': 'y'}, 'a.', given='x'))
   assert "'a.size' is missing" in refusal(config.from_mapping, Example, {}, 'a.')

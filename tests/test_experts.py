@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import build, checkpoint, collect, config, experts, model, rollout, sharding, stored
+from rl_reasoning import build, checkpoint, collect, config, data, experts, metrics, model, rollout, sharding, stored
 from rl_reasoning.structs import Batch
 from tests.test_e2e import logged, run, settings
 from tests.test_families import read
@@ -190,7 +190,7 @@ def test_the_bias_balances(cache, tmp_path):
 
 
 def test_micro_batches_do_not_change_loads(cache, tmp_path):
-  """Failure: loads are of one micro-batch, or averaged: a bias would move by another rule."""
+  """Failure: loads are of one micro-batch alone: a bias would move by another rule."""
   whole, parts = train(cache, tmp_path / 'a', total_steps=1), train(cache, tmp_path / 'b', total_steps=1, optim__micro_batch=8)
   for name in ('router/max_violation', 'router/unused', 'loss'):
     assert parts[0][name] == pytest.approx(whole[0][name], rel=1e-5)
@@ -202,6 +202,27 @@ def test_grpo_with_experts(mesh, cache, tmp_path):
   keys = {'total_steps': 2, 'optim__router_replay': True, 'objective__num_minibatches': 2, 'objective__beta': 0.1}
   entries = train(cache, tmp_path / 'run', 'grpo', mesh=mesh, **keys)
   assert entries[0]['sampling/logp_difference/max'] < 1e-4 and entries[-1]['router/max_violation'] > 0
+
+
+@pytest.mark.parametrize('frozen_layers', [0, 1])
+def test_networks_take_the_recorded_choices(frozen_layers, cache):
+  """Failure: with optim.router_replay the policy chooses for itself, in all layers or in frozen ones, or the reference does not."""
+  keys = {'optim__router_replay': True, 'objective__beta': 0.1, 'optim__frozen_layers': frozen_layers, 'model__arch': MIXTURE}
+  keys |= {'objective__num_minibatches': 2}  # else no network scores what the update scores itself
+  job = build.build(config.resolve(settings('grpo', cache, **keys)))
+  with jax.set_mesh(job.mesh):
+    state = job.init()
+    rows = data.open_train(job.config.data, job.config.seed)
+    state = state.replace(cursor={**rows.first(), **state.cursor})
+    batch = collect.collect(job, rows, state, jax.random.key(0), metrics.PhaseTimer()).batch
+    chosen = np.asarray(batch.extras['chosen'])  # [N, T, layers, k]; another expert, in the first layer alone
+    other = np.where((chosen >= 0) & (np.arange(chosen.shape[2]) == 0)[:, None], (chosen + 1) % MIXTURE['num_experts'], chosen)
+    own, moved = (
+      jax.device_get(job.steps.score(state, batch.replace(extras={**batch.extras, 'chosen': jnp.asarray(x)})))
+      for x in (chosen, other)
+    )
+  assert np.abs(own.logp_old_NT - moved.logp_old_NT).max() > 1e-4
+  np.testing.assert_array_equal(own.logp_ref_NT, moved.logp_ref_NT)
 
 
 def test_rows_of_data_have_no_choice(cache, tmp_path):
@@ -219,6 +240,8 @@ def test_rows_of_data_have_no_choice(cache, tmp_path):
 @pytest.mark.parametrize('keys, wanted', [
   ({'mesh.expert': 2}, "'mesh.expert': 2, but the policy has no experts"),
   ({'optim.router_bias_rate': 0.1}, "'optim.router_bias_rate': no router of the policy has a bias"),
+  ({'model.arch': {'scoring_func': 'sigmoid', 'n_group': 2}}, 'num_experts is 0, so scoring_func, n_group cannot act'),
+  ({'model.arch': {**MIXTURE, 'n_group': 4, 'topk_group': 2}}, 'n_group: 4 groups of one expert'),
   ({'optim.router_replay': True}, "'optim.router_replay': nothing is learned from what the policy samples"),
   ({'model.arch': {**MIXTURE, 'num_experts': 6}, 'mesh.expert': 4}, "axis 'expert' of size 6 does not divide over 4"),
 ])  # fmt: skip

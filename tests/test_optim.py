@@ -14,7 +14,9 @@ LR = 0.3
 
 
 def make(total=10, **keys):
-  return optim.make(Optim(**{'learning_rate': LR, 'grad_clip': 0.0, **keys}), total)
+  return optim.make(
+    Optim(**{'learning_rate': LR, 'grad_clip': 0.0, **keys}), total, {'dense_layers': range(1), 'layers': range(1, 4)}
+  )
 
 
 def by_hand(schedule: str, warmup: int, total: int, update: int) -> float:
@@ -55,6 +57,17 @@ def test_clipping_is_by_the_norm_of_all():
     change, _ = optimizer.update(grads, optimizer.init(grads), grads)
     for name, grad in grads.items():
       np.testing.assert_allclose(change[name], -LR * factor * grad, rtol=1e-6)
+
+
+def test_frozen_layers_of_two_stacks():
+  """Failure: layers are counted within their stack: a layer that is trained stays as it is, or decay moves a frozen one."""
+  params = {name: {'up': jnp.ones((n, 2, 2))} for name, n in (('dense_layers', 1), ('layers', 3))} | {'embed': jnp.ones((4, 2))}
+  for frozen, still in ((1, 0), (2, 1), (3, 2)):
+    optimizer, _ = make(frozen_layers=frozen, options={'weight_decay': 0.1})
+    change, _ = optimizer.update(params, optimizer.init(params), params)
+    moved = {name: np.abs(change[name]['up']).max(axis=(1, 2)) > 0 for name in ('dense_layers', 'layers')}
+    assert not moved['dense_layers'].any() and moved['layers'].tolist() == [n >= still for n in range(3)]
+    assert not np.asarray(change['embed']).any()
 
 
 ARCH = model.Arch(24, 8, 16, 2, 2, 2, 4, qkv_bias=True, qk_norm=True, tie_word_embeddings=False)

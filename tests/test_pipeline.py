@@ -11,7 +11,20 @@ import time
 import jax
 import pytest
 
-from rl_reasoning import build, config, evaluators, filters, manifest, metrics, pipeline, sharding, stages, stored, weights
+from rl_reasoning import (
+  build,
+  config,
+  evaluators,
+  filters,
+  manifest,
+  metrics,
+  pipeline,
+  resolution,
+  sharding,
+  stages,
+  stored,
+  weights,
+)
 from rl_reasoning.config import ConfigError
 from tests.test_e2e import WALL_CLOCK, assert_same, everything
 from tests.test_filters import read, row, write
@@ -313,7 +326,7 @@ def test_new_keys_of_newer_code():
 
 def test_the_full_recipe(tmp_path, monkeypatch):
   """Failure: configs/r1.py does not resolve, a stage reads another's output than it should, or its updates are not the paper's."""
-  monkeypatch.setattr(build, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
+  monkeypatch.setattr(resolution, 'make_mesh', lambda config: sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   general = write(tmp_path / 'general.jsonl', [row('a')])
   folders = [tmp_path / name for name in ('math', 'code', 'stem', 'logic', 'helpful', 'safe', 'helpful_pairs', 'safe_labels')]
   for folder in folders:

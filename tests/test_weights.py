@@ -130,7 +130,7 @@ def test_a_classifier_pads_with_a_token_of_its_own(tmp_path, llama):
   arch = weights.read_arch(path)
   params = read(path) | {'score': np.zeros((1, arch.hidden_size), np.float32)}
   source = tmp_path / 'tokenizer'
-  load_gguf_tokenizer(path).save_pretrained(source)
+  load_gguf_tokenizer(path)[0].save_pretrained(source)
   file = source / 'tokenizer_config.json'
   settings = json.loads(file.read_text())
 
@@ -146,7 +146,7 @@ def test_a_classifier_pads_with_a_token_of_its_own(tmp_path, llama):
     file.write_text(json.dumps({**settings, **bad}))
     pad, new = exported(source, f'spare{n}')
     assert pad == new.pad_token_id == 1 and new.pad_token == '<|user|>' and new.eos_token_id == 0
-    assert new.encode('<|user|>he<|end|>') == load_gguf_tokenizer(path).encode('<|user|>he<|end|>')
+    assert new.encode('<|user|>he<|end|>') == load_gguf_tokenizer(path)[0].encode('<|user|>he<|end|>')
   file.write_text(json.dumps({**settings, 'pad_token': '<|end|>'}))
   (source / 'generation_config.json').write_text('{"eos_token_id": [0, 1]}')
   assert exported(source, 'none')[0] is None  # all special tokens end a text: better no padding than a wrong one
@@ -410,7 +410,7 @@ def test_gguf_of_other_families(name, tmp_path):
   path = write_gguf(tmp_path / 'one.gguf', tensors, 'qwen2', architecture=name, theta=arch.rope_theta, head_dim=arch.head_dim)
   assert weights.read_arch(path) == dataclasses.replace(arch, rms_norm_eps=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), read(path), weights.load(str(FIXTURES / name), arch))
-  tok = load_gguf_tokenizer(path)
+  tok, _ = load_gguf_tokenizer(path)
   assert tok.decode(tok.encode("he's 123")) == "he's 123"
 
 
@@ -499,7 +499,10 @@ def test_bad_gguf_is_refused_by_name(tmp_path, llama):
   cases = [
     (dict(architecture='gemma'), r"1\.gguf: general\.architecture 'gemma'"),
     (dict(eps=False), r"2\.gguf: no metadata key 'llama\.attention\.layer_norm_rms_epsilon'"),
-    (dict(more={'rope_freqs.weight': np.ones(4, np.float32)}), r'3\.gguf: 1 tensors that no weight reads: rope_freqs\.weight'),
+    (
+      dict(more={'rope_freqs.weight': np.arange(1, 5, dtype=np.float32)}),
+      r"3\.gguf: rope_freqs\.weight is not what Llama 3's scaling",
+    ),
     (dict(tensors=without(Q)(llama)), rf'4\.gguf: 1 weights are missing: {Q}'),
     (dict(tensors=plus(Q, lambda t: np.ones((16, 32), np.float32))(llama)), rf'5\.gguf: tensor {Q} has shape \(16, 32\)'),
     (dict(tensors=without('model.embed_tokens.weight')(llama)), r'6\.gguf: no tensor token_embd\.weight'),
@@ -516,7 +519,7 @@ def test_bad_gguf_is_refused_by_name(tmp_path, llama):
 
 def test_gguf_tokenizer(tmp_path, llama):
   path = write_gguf(tmp_path / 'tiny.gguf', llama)
-  tokenizer, ids = load_gguf_tokenizer(path), {token: i for i, token in enumerate(TOKENS)}
+  (tokenizer, _), ids = load_gguf_tokenizer(path), {token: i for i, token in enumerate(TOKENS)}
   assert len(tokenizer) == len(TOKENS) and tokenizer.chat_template == TEMPLATE
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (0, 1, None)
   assert tokenizer.encode('hello w') == [ids['hello'], ids['Ġw']]
@@ -537,7 +540,7 @@ def test_export_of_a_gguf_takes_its_tokenizer_along(tmp_path, llama):
 
   path = write_gguf(tmp_path / 'tiny.gguf', llama)
   weights.save(read(path), weights.read_arch(path), str(tmp_path / 'saved'), path)
-  new, old = AutoTokenizer.from_pretrained(tmp_path / 'saved'), load_gguf_tokenizer(path)
+  new, old = AutoTokenizer.from_pretrained(tmp_path / 'saved'), load_gguf_tokenizer(path)[0]
   text = '<|user|>hello 12 naïve<tool><|end|>'
   assert new.encode(text) == old.encode(text) and new.eos_token_id == 0 and new.chat_template == TEMPLATE
   assert json.loads((tmp_path / 'saved' / 'generation_config.json').read_text()) == {'eos_token_id': 0, 'pad_token_id': 1}

@@ -15,7 +15,7 @@ What the other modules ask of it:
   loss(nets, params, frozen, aux, batch) -> scalar, metrics
   adapt(aux, metrics) -> aux
   inert() -> {key: why it cannot act beside the others}     formula() -> lines for --explain
-`given` is no key: build.py puts there what an objective reads of other sections. One without it reads no rewards.
+`given` is no key: resolution.py puts there what an objective reads of other sections. One without it reads no rewards.
 """
 
 import functools

@@ -9,6 +9,7 @@ are compared before the first tensor is read, and every weight is built and put 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -25,15 +26,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, lora, model, tokenizer
+from rl_reasoning import families, lora, model, rope, tokenizer
+from rl_reasoning.arch import RopeScaling
 from rl_reasoning.config import ConfigError, Lora, check
 from rl_reasoning.families import hf_arch, make_arch, read_json
 from rl_reasoning.gguf_tokenizer import metadata, open_gguf
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
-from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors, whole
+from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors
 
-CLASSES = {'lm': 'ForCausalLM', 'scalar': 'ForSequenceClassification'}  # and what they end in
 TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
   'tokenizer.model', 'chat_template.jinja', 'generation_config.json',
@@ -57,7 +58,7 @@ def source_heads(path: str) -> tuple[str, ...]:
   file = pathlib.Path(path) / 'config.json'
   config = read_json(file)
   classes = config.get('architectures') or []
-  if not (isinstance(classes, list) and any(str(name).endswith(CLASSES['scalar']) for name in classes)):
+  if not (isinstance(classes, list) and any(str(name).endswith(families.ENDINGS['scalar']) for name in classes)):
     return ('lm',)
   labels = config.get('id2label') or config.get('num_labels') or 1  # its tensor tells where the file does not
   count = len(labels) if isinstance(labels, dict) else labels
@@ -85,7 +86,8 @@ def gguf_arch(path: str) -> Arch:
 
   kind = get('rope.scaling.type', 'none')
   check(kind == 'none', f'{path}: {family}.rope.scaling.type {kind!r} is not built, only the default one is')
-  shapes = {tensor.name: tensor.shape.tolist() for tensor in open_gguf(path).tensors}
+  tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+  shapes = {name: tensor.shape.tolist() for name, tensor in tensors.items()}
   check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
   heads, D = get('attention.head_count'), get('embedding_length')
   check(isinstance(heads, int) and heads > 0, f'{path}: {family}.attention.head_count {heads!r} is no positive integer')
@@ -98,13 +100,21 @@ def gguf_arch(path: str) -> Arch:
     'num_key_value_heads': get('attention.head_count_kv', heads),
     'head_dim': get('attention.key_length', D // heads),
     'rope_theta': get('rope.freq_base', 10_000.0),
+    'max_position_embeddings': get('context_length', 0),
     'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
     'tie_word_embeddings': 'output.weight' not in shapes,
     **GGUF_FAMILIES[family],
   })  # fmt: skip
   turned = get('rope.dimension_count', arch.head_dim)
   check(turned == arch.head_dim, f'{path}: {family}.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
-  return arch
+  if ROPE_FACTORS not in tensors:
+    return arch
+  factors = np.asarray(tensors[ROPE_FACTORS].data, np.float32)
+  stretched = dataclasses.replace(arch, rope_scaling=RopeScaling('llama3', float(factors.max()), 8192))
+  wanted = np.asarray(rope.frequencies(arch) / rope.frequencies(stretched))
+  same = factors.shape == wanted.shape and np.allclose(factors, wanted, rtol=1e-4)
+  check(same, f"{path}: {ROPE_FACTORS} is not what Llama 3's scaling of lengths beyond 8192 tokens gives, which alone is read")
+  return stretched
 
 
 def our_names(tensors: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
@@ -140,6 +150,7 @@ def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
   return found
 
 
+ROPE_FACTORS = 'rope_freqs.weight'  # what Llama 3.1's frequencies are divided by; no metadata tell of it
 GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
 GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 GGUF_BLOCK = {
@@ -162,15 +173,16 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
   import gguf
 
   def read(tensor, heads: int | None, at: Slices) -> np.ndarray:
-    try:
-      x = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except (NotImplementedError, ValueError) as error:
-      raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
+    rows = np.arange(tensor.data.shape[0])
     if (
       heads
     ):  # of llama alone: rows of a head lie as the pairs that RoPE turns, 0, H/2, 1, ...; Hugging Face splits a head in halves
-      x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-    return x[at]
+      rows = rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    try:
+      x = gguf.dequantize(tensor.data[rows[at[0]]], tensor.tensor_type)
+    except (NotImplementedError, ValueError) as error:
+      raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
+    return x[(slice(None), *at[1:])]
 
   paired_heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
   heads = paired_heads if metadata(path, 'general.architecture') == 'llama' else {}
@@ -179,6 +191,7 @@ def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
     paired = heads.get('.'.join(tensor.name.split('.')[2:]))
     shape = tuple(tensor.shape.tolist()[::-1])
     result[hf_name(tensor.name)] = Tensor(path, shape, functools.partial(read, tensor, paired))
+  result.pop(ROPE_FACTORS, None)
   return result
 
 
@@ -216,7 +229,7 @@ def read_part(w: Weight, tensors: Mapping[str, Tensor], index: Slices) -> np.nda
   x = np.empty([len(range(*part.indices(size))) for part, size in zip(index, w.shape, strict=True)], np.float32)
   own, at, names = w.shape[front:], index[front:], parts_of(w)
   if not front:
-    return tensors[w.hf].read(tuple(slice(*part.indices(size)) for part, size in zip(at, own))).astype(np.float32)
+    return tensors[w.hf].read(tuple(slice(*part.indices(size)) for part, size in zip(at, own))).astype(np.float32, copy=False)
   inputs, outputs = slice(0, w.fan_in), slice(w.fan_in, None)
   rows = flat_slice(own[outputs], at[outputs])
   stored = (rows, flat_slice(own[inputs], at[inputs])) if w.fan_in else (rows,)
@@ -242,7 +255,8 @@ def check_tensors(path: str, arch: Arch, heads: tuple[str, ...], tensors: Mappin
   head, embed = tensors.get('lm_head.weight'), tensors['model.embed_tokens.weight']
   if arch.tie_word_embeddings and head is not None:
     unused.remove('lm_head.weight')
-    same = head.shape == embed.shape and np.array_equal(whole(head), whole(embed))
+    blocks = [(slice(row, min(row + 4096, embed.shape[0])), slice(0, embed.shape[1])) for row in range(0, embed.shape[0], 4096)]
+    same = head.shape == embed.shape and all(np.array_equal(head.read(at), embed.read(at)) for at in blocks)
     check(same, f'{head.file}: tensor lm_head.weight differs from the embedding that tie_word_embeddings ties it to')
   if unused:
     more = ', ...' * (len(unused) > 4)
@@ -254,9 +268,44 @@ def open_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
   return gguf_tensors(path, arch) if is_gguf(path) else our_names(safetensors_tensors(pathlib.Path(path)), arch)
 
 
+HOST_BYTES = 2**27
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def written(whole: jax.Array, piece: jax.Array, start: Sequence[int]) -> jax.Array:
+  return jax.lax.dynamic_update_slice(whole, piece, [*start, *(0,) * (whole.ndim - len(start))])
+
+
+def pieces(w: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Slices]]:
+  """(start, slices) along the leading axes of a part of a weight, of at most HOST_BYTES, or of one tensor, or row, each."""
+  row, axes = 4 * math.prod(shape[1:]), 1
+  if stacked_axes(w) == 2 and row > HOST_BYTES:  # one layer at a time, of whose experts as many as there is room for
+    row, axes = 4 * math.prod(shape[2:]), 2
+  count = max(1, HOST_BYTES // max(1, row))
+  for front in np.ndindex(*shape[: axes - 1]):
+    for start in range(0, shape[axes - 1], count):
+      stop = min(start + count, shape[axes - 1])
+      yield (*front, start), (*(slice(n, n + 1) for n in front), slice(start, stop))
+
+
+def put_part(w: Weight, tensors: Mapping[str, Tensor], index: Slices, devices: Sequence[jax.Device]) -> list[jax.Array]:
+  """The part of a weight that `index` selects, on every one of the devices."""
+  bounds = [part.indices(size)[:2] for part, size in zip(index, w.shape, strict=True)]
+  shape, parts = [stop - start for start, stop in bounds], []
+  for start, own in pieces(w, shape):
+    at = [slice(bounds[axis][0] + part.start, bounds[axis][0] + part.stop) for axis, part in enumerate(own)]
+    x = read_part(w, tensors, (*at, *(slice(*bound) for bound in bounds[len(at) :])))
+    if list(x.shape) == shape:
+      return [jax.device_put(x, device) for device in devices]
+    parts = parts or [jnp.zeros(shape, x.dtype, device=device) for device in devices]
+    parts = [written(part, jax.device_put(x, device), start) for part, device in zip(parts, devices, strict=True)]
+    jax.block_until_ready(parts)  # else pieces that wait for their device pile up
+  return parts
+
+
 def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[str, ...] = ('lm',)) -> PyTree:
-  """The parameters, float32, from a Hugging Face folder or a GGUF file. Every device's part of a weight is read by itself (None: all of
-  it, for the default device), so that the host never holds more of it.
+  """The parameters, float32, from a Hugging Face folder or a GGUF file, onto `shardings` (None: the default device), piece by piece: the
+  host holds HOST_BYTES of them, or one tensor, at a time.
 
   Of `heads` those that the source has (see `source_heads`): one that it lacks is the caller's to make, one that is not asked for is left
   out. `shardings` are those of what is returned.
@@ -266,16 +315,12 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
 
   def put(w: Weight, sharding=None) -> jax.Array:
     if sharding is None:
-      return jnp.asarray(read_part(w, tensors, tuple(slice(0, size) for size in w.shape)))
-    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it: it is read once
-
-    def part(index):
-      key = str(index)
-      if key not in parts:
-        parts[key] = read_part(w, tensors, index)
-      return parts[key]
-
-    return jax.make_array_from_callback(w.shape, sharding, part)
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharers: dict[str, tuple[Slices, list]] = {}  # a part that several devices hold is read once
+    for device, index in sharding.addressable_devices_indices_map(w.shape).items():
+      sharers.setdefault(str(index), (index, []))[1].append(device)
+    parts = [part for index, devices in sharers.values() for part in put_part(w, tensors, index, devices)]
+    return jax.make_array_from_single_device_arrays(w.shape, sharding, parts)
 
   table = model.weight_table(arch, tuple(head for head in heads if head in source))
   trees = (table,) + (() if shardings is None else (shardings,))
@@ -290,18 +335,20 @@ def has_tokenizer(path: str) -> bool:
 
 def save_tokenizer(name: str, folder: pathlib.Path) -> None:
   source, added = tokenizer.parts(name)
-  if is_gguf(source):
-    inner = tokenizer.HFTokenizer(source, added).inner
-    inner.save_pretrained(folder)
-    ids = {f'{role}_token_id': getattr(inner, f'{role}_token_id') for role in ('bos', 'eos', 'pad')}
-    (folder / 'generation_config.json').write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=1))
-    return
-  files = [file for name in TOKENIZER_FILES if (file := pathlib.Path(source) / name).is_file()]
-  check(bool(files), f'{source}: no tokenizer files')
+  files = [] if is_gguf(source) else [file for name in TOKENIZER_FILES if (file := pathlib.Path(source) / name).is_file()]
+  check(is_gguf(source) or bool(files), f'{source}: no tokenizer files')
   for file in files:
     shutil.copyfile(file, folder / file.name)
-  if added:
-    tokenizer.HFTokenizer(source, added).inner.save_pretrained(folder)
+  settings = folder / 'generation_config.json'
+  if not added and settings.is_file():
+    return
+  tok = tokenizer.HFTokenizer(source, added)
+  if added or not files:
+    tok.inner.save_pretrained(folder)
+  if not settings.is_file():  # without it, who generates does not know where to stop
+    ends = tok.end_ids[0] if len(tok.end_ids) == 1 else list(tok.end_ids)
+    ids = {'bos_token_id': tok.inner.bos_token_id, 'eos_token_id': ends, 'pad_token_id': tok.inner.pad_token_id}
+    settings.write_text(json.dumps({key: value for key, value in ids.items() if value is not None}, indent=1) + '\n')
 
 
 def padding_of_its_own(folder: pathlib.Path) -> int | None:
@@ -340,7 +387,9 @@ def published(params: PyTree, table: PyTree, arch: Arch, dtype: str = 'float32')
   for w, stacked in weights:
     shape = hf_shape(w)
     for n, name in parts_of(w).items():
-      x = np.asarray(stacked[n], np.float32 if name.endswith(EXACT) else DTYPES[dtype])
+      with np.errstate(over='ignore'):
+        x = np.asarray(stacked[n], np.float32 if name.endswith(EXACT) else DTYPES[dtype])
+      check(dtype != 'float16' or bool(np.isfinite(x).all()), f'{theirs(name)}: numbers beyond those of float16; use bfloat16')
       x = np.ascontiguousarray(x.reshape(shape[::-1]).T if w.fan_in else x.reshape(shape))
       if name not in fused:
         yield theirs(name), x
@@ -403,7 +452,7 @@ def save(
   """
   check(len(heads) == 1, f'{path}: transformers has no class with the heads {", ".join(heads)}: save one')
   check(dtype in DTYPES, f'{path}: dtype {dtype!r} is none of {", ".join(DTYPES)}')
-  config, table = families.hf_config(arch, CLASSES[heads[0]]), model.weight_table(arch, heads)
+  config, table = families.hf_config(arch, heads[0]), model.weight_table(arch, heads)
   families.check_exports(arch, config)
   config |= {'dtype': dtype}
   if heads == ('scalar',):
@@ -445,16 +494,26 @@ def new_folder(path: str) -> Iterator[pathlib.Path]:
 def save_adapter(
   adapter: PyTree, arch: Arch, settings: Lora, path: str, base: str, heads: tuple[str, ...] = ('lm',), dtype: str = 'float32'
 ) -> None:
-  """Writes the folder of an adapter that peft loads beside the model `base`; all of it or nothing. Raises ConfigError for a family whose
-  projections are fused in transformers: there an adapter of a part is none of the whole."""
+  """Writes the folder of an adapter that peft loads beside the model `base`, a classifier beside one of num_labels=1; all of it or nothing.
+
+  Raises ConfigError for projections that are fused in transformers, of which an adapter of a part is none, and for adapters of dense
+  layers beside experts: peft takes every .gate_proj, .up_proj and .down_proj of such a model for one of an expert.
+  """
   family = families.family_of(arch)
-  check(
-    not fused_parts(arch), f'{path}: {family} has q, k and v in one matrix, so adapters of each are not its adapters: merge them'
-  )
   table = lora.table(model.weight_table(arch, heads), settings)
   _, theirs = families.rename(family)
   rows = jax.tree.leaves({stack: own for stack, own in table.items() if stack != 'score'}, is_leaf=model.is_weight)
   modules = dict.fromkeys(name.rpartition('.lora_')[0] for w in rows for name in parts_of(w).values())
+  joined = {part.removesuffix('.weight') for parts in fused_parts(arch).values() for part in parts} & modules.keys()
+  for module in sorted(joined):
+    raise ConfigError(
+      f'{path}: the adapter of {module}: {family} has it in one matrix with others, where it is no adapter: merge it'
+    )
+  for module in modules if arch.num_experts else ():
+    check(
+      '.mlp.' not in module,
+      f'{path}: the adapter of {module}: peft takes it for one of an expert: merge it, or adapt attention alone',
+    )
   config = {
     'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if heads == ('scalar',) else 'CAUSAL_LM', 'base_model_name_or_path': base,
     'r': settings.rank, 'lora_alpha': settings.alpha, 'lora_dropout': 0.0, 'bias': 'none', 'inference_mode': True,

@@ -71,17 +71,18 @@ def inspect(source: str) -> Iterator[str]:
       trained = model.count(lora.table(table, settings))
       yield f'adapters: rank {settings.rank}, alpha {settings.alpha:g}, {trained:,} parameters ({size(4 * trained)}), of '\
             f'{stored.run_config(source, "roles", "policy", "init")}'  # fmt: skip
+      yield f'memory of training: {size(4 * total + 16 * trained)} with these adapters'
   else:
+    weights.check_tensors(source, arch, heads, weights.open_tensors(source, arch))
     for name, (count, numbers) in tensors_by_dtype(source).items():
       yield f'stored: {count} tensors of {name}, {numbers:,} numbers'
-    weights.check_tensors(source, arch, heads, weights.open_tensors(source, arch))
     yield 'every tensor is accounted for, in its shape'
   yield f'memory: weights {size(4 * total)} in float32, {size(2 * total)} in bfloat16; trained in full by AdamW {size(16 * total)}'
   yield f'cache: {size(2 * cache_numbers(arch))} a token in bfloat16'
-  yield from about_tokenizer(source)
+  yield from about_tokenizer(source, arch)
 
 
-def about_tokenizer(source: str) -> Iterator[str]:
+def about_tokenizer(source: str, arch: Arch) -> Iterator[str]:
   name = resolution.resolve_tokenizer(Role(source))
   try:
     tok = tokenizer.load(name)
@@ -90,7 +91,8 @@ def about_tokenizer(source: str) -> Iterator[str]:
     return
   inner = getattr(tok, 'inner', None)
   template = 'a' if getattr(inner, 'chat_template', None) else 'no'
-  yield f'tokenizer: {tok.vocab_size:,} ids, ends at {sorted(tok.end_ids)}, {template} chat template'
+  more = '' if tok.vocab_size <= arch.vocab_size else f', MORE than the {arch.vocab_size:,} embeddings'
+  yield f'tokenizer: {tok.vocab_size:,} ids{more}, ends at {sorted(tok.end_ids)}, {template} chat template'
 
 
 def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path: str | None) -> None:
@@ -98,6 +100,11 @@ def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path:
   if stored.is_run(source):
     check(tokenizer_path is None, '--tokenizer: a run of ours knows its own')
     stored.export(source, target, dtype, adapter)
+    base, shift = stored.run_config(source, 'roles', 'policy', 'init'), stored.score_shift(source)
+    if adapter and (stored.is_run(base) or weights.is_gguf(base)):
+      print(f'{base}, which they adapt, is nothing that peft opens: convert it, too, and load {target} beside that')
+    if adapter and shift:
+      print(f'peft gives the scores before the shift of {-shift:+g}')
     return
   check(not adapter, f'--adapter: {source} is no run of ours')
   arch, heads = weights.read_arch(source), weights.source_heads(source)
