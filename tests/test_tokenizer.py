@@ -1,6 +1,7 @@
 """Text and token ids: round trips, end tokens, chat templates, templates of prompts, and where thinking and answer lie."""
 
 import json
+import pathlib
 
 import pytest
 import tokenizers
@@ -105,6 +106,19 @@ def test_end_ids(tmp_path, settings, end, ends):
   assert set(tok.end_ids) == {tok.inner.convert_tokens_to_ids(t) for t in ends} and tok.end_id in tok.end_ids
   assert tok.vocab_size == 256 + len(SPECIALS)
   assert tok.decode(tok.encode('a<|im_start|>b') + [tok.end_id]) == 'a<|im_start|>b'
+
+
+def test_end_ids_of_config_json(tmp_path):
+  """Failure: where there is no generation_config.json, what config.json says is not heard, or a damaged one is taken for none."""
+  other = 256 + SPECIALS.index('<|endoftext|>')
+  folder = pathlib.Path(make_folder(tmp_path))
+  (folder / 'config.json').write_text(json.dumps({'model_type': 'qwen2', 'eos_token_id': [other]}))
+  assert other in load(str(folder)).end_ids
+  (folder / 'generation_config.json').write_text('{}')
+  assert other not in load(str(folder)).end_ids
+  (folder / 'generation_config.json').write_text('{"eos_token_id": ')
+  with pytest.raises(ValueError, match=r'generation_config\.json: no JSON object'):
+    load(str(folder))
 
 
 def test_no_end_id(tmp_path):

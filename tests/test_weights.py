@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import pre_tokenizers
 
-from rl_reasoning import model, sharding, weights
+from rl_reasoning import model, rope, sharding, tokenizer, weights
+from rl_reasoning.arch import RopeScaling
 from rl_reasoning.config import ConfigError
 from rl_reasoning.gguf_tokenizer import load_gguf_tokenizer
 
@@ -344,6 +345,7 @@ def permuted(x, heads):
 
 def write_gguf(
   path, tensors, pre='smollm', kind='gpt2', architecture='llama', eps=True, heads=4, rope=(), more=(), theta=500.0, head_dim=None,
+  turn=None,
 ):  # fmt: skip
   """The llama fixture as llama.cpp would convert it: matrices float16, norms float32, and a tokenizer of bytes and a few merges."""
   writer = gguf.GGUFWriter(path, architecture)
@@ -357,6 +359,8 @@ def write_gguf(
     writer.add_key_length(head_dim)
   if 'dimension' in rope:
     writer.add_rope_dimension_count(rope['dimension'])
+  if 'context' in rope:
+    writer.add_context_length(rope['context'])
   if 'scaling' in rope:
     writer.add_rope_scaling_type(rope['scaling'])
   if eps:
@@ -368,6 +372,8 @@ def write_gguf(
   writer.add_token_merges(MERGES)
   writer.add_eos_token_id(0)
   writer.add_pad_token_id(1)
+  if turn is not None:
+    writer.add_eot_token_id(turn)
   writer.add_chat_template(TEMPLATE)
   short = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output', 'input_layernorm': 'attn_norm',
            'post_attention_layernorm': 'ffn_norm', 'self_attn.': 'attn_', 'mlp.': 'ffn_', 'o_proj': 'output', '_proj': '',
@@ -400,6 +406,26 @@ def test_gguf_loads_what_it_was_made_from(tmp_path, llama):
   tied = write_gguf(tmp_path / 'tied.gguf', without('lm_head.weight')(llama))
   assert weights.read_arch(tied) == dataclasses.replace(weights.read_arch(path), tie_word_embeddings=True)
   assert 'lm_head' not in read(tied)
+
+
+def test_gguf_with_llama_3s_rope(tmp_path, llama):
+  """Failure: the frequencies of Llama 3.1, which no metadata tell of, are those of Llama 2, or the length that it was made for is lost."""
+  plain = dataclasses.replace(weights.read_arch(str(FIXTURES / 'llama')), rope_theta=500_000.0)
+  scaling = RopeScaling('llama3', 32.0, 8192)
+  stretched = dataclasses.replace(plain, rope_scaling=scaling)
+  divisors = np.asarray(rope.frequencies(plain) / rope.frequencies(stretched))
+  assert divisors[-1] == 32 and divisors[0] == 1
+  path = write_gguf(
+    tmp_path / 'llama3.gguf',
+    llama,
+    theta=500_000.0,
+    rope={'context': 131_072},
+    more={'rope_freqs.weight': divisors},
+    pre='llama-bpe',
+  )
+  arch = weights.read_arch(path)
+  assert arch == stretched and arch.max_position_embeddings == 131_072
+  assert_same(read(path), read(write_gguf(tmp_path / 'plain.gguf', llama)))
 
 
 @pytest.mark.parametrize('name', ['qwen2', 'qwen3'])
@@ -544,3 +570,27 @@ def test_export_of_a_gguf_takes_its_tokenizer_along(tmp_path, llama):
   text = '<|user|>hello 12 naïve<tool><|end|>'
   assert new.encode(text) == old.encode(text) and new.eos_token_id == 0 and new.chat_template == TEMPLATE
   assert json.loads((tmp_path / 'saved' / 'generation_config.json').read_text()) == {'eos_token_id': 0, 'pad_token_id': 1}
+  turn = write_gguf(tmp_path / 'turn.gguf', llama, turn=2)
+  assert tokenizer.load(turn).end_ids == (0, 2)
+  weights.save(read(turn), weights.read_arch(turn), str(tmp_path / 'turns'), turn)
+  assert tokenizer.load(str(tmp_path / 'turns')).end_ids == (0, 2)
+
+
+def test_float16_that_overflows(tmp_path):
+  """Failure: infinity is written."""
+  arch, params = weights.read_arch(str(FIXTURES / 'llama')), read(str(FIXTURES / 'llama'))
+  params['final_norm'] = params['final_norm'].at[3].set(1e5)
+  with pytest.raises(ConfigError, match=r'model\.norm\.weight: numbers beyond those of float16; use bfloat16'):
+    weights.save(params, arch, str(tmp_path / 'out'), dtype='float16')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_tensor_in_two_files(tmp_path):
+  """Failure: the file that happens to be read last wins."""
+  folder = pathlib.Path(copy(tmp_path))
+  shutil.copy(folder / 'model.safetensors', folder / 'a.safetensors')
+  names = list(load_file(folder / 'a.safetensors'))
+  index = {names[0]: 'a.safetensors', **dict.fromkeys(names[1:], 'model.safetensors')}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+  with pytest.raises(ConfigError, match=r'model\.safetensors: tensor .* is in .*a\.safetensors, too'):
+    read(str(folder))

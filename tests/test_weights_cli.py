@@ -1,6 +1,7 @@
 """The command line of weights: what it tells, and what it writes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from rl_reasoning import config, resolution, stored, weights
 from rl_reasoning.config import exit_code
 from rl_reasoning.weights.__main__ import command
 from tests.test_e2e import run, settings
+from tests.test_tokenizer import make_folder
 
 
 def told(capsys, *argv) -> str:
@@ -28,12 +30,12 @@ def test_inspect(capsys):
   """Failure: a number that people plan memory by is wrong, or a folder with a missing tensor passes."""
   text = told(capsys, 'inspect', 'tests/fixtures/deepseek_v3')
   arch = weights.read_arch('tests/fixtures/deepseek_v3')
-  stored = load_file('tests/fixtures/deepseek_v3/model.safetensors')
-  total = sum(x.size for x in stored.values())
+  tensors = load_file('tests/fixtures/deepseek_v3/model.safetensors')
+  total = sum(x.size for x in tensors.values())
   per_expert = 3 * arch.hidden_size * arch.moe_intermediate_size
   idle = len(arch.stacks['layers']) * (arch.num_experts - arch.num_experts_per_tok) * per_expert
   assert f'parameters: {total:,}, of which a token meets {total - idle:,}' in text
-  assert f'stored: {len(stored)} tensors of F32, {total:,} numbers' in text and 'every tensor is accounted for' in text
+  assert f'stored: {len(tensors)} tensors of F32, {total:,} numbers' in text and 'every tensor is accounted for' in text
   numbers = arch.num_hidden_layers * (arch.kv_lora_rank + arch.qk_rope_head_dim)
   assert f'cache: {2 * numbers / 1024:.1f} KiB a token' in text or f'cache: {2 * numbers:.1f} B a token' in text
   assert 'kv_lora_rank' in text and 'a Hugging Face folder, head for text' in text
@@ -82,3 +84,27 @@ def test_a_run(capsys, tmp_path):
 def test_refusals(argv, wanted, capsys):
   """Failure: a mistake ends in a traceback, or in a folder that is half written."""
   assert wanted in refused(capsys, *argv)
+
+
+def test_damaged_folders(capsys, tmp_path):
+  """Failure: a truncated shard, a file that the index names and that is not there, or a tokenizer with too many ids passes, or is a
+  traceback."""
+  folder = tmp_path / 'llama'
+  shutil.copytree('tests/fixtures/llama', folder)
+  for file in ('tokenizer.json', 'tokenizer_config.json'):
+    (folder / file).unlink(missing_ok=True)
+  content = (folder / 'model.safetensors').read_bytes()
+  (folder / 'model.safetensors').write_bytes(content[:-10])
+  for words in (('inspect', str(folder)), ('convert', str(folder), str(tmp_path / 'out'))):
+    assert 'model.safetensors: truncated or no safetensors file' in refused(capsys, *words)
+  (folder / 'model.safetensors').write_bytes(content)
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': 'other.safetensors'}}))
+  for words in (('inspect', str(folder)), ('convert', str(folder), str(tmp_path / 'out'))):
+    assert 'other.safetensors: no such file, but model.safetensors.index.json names it' in refused(capsys, *words)
+  (folder / 'model.safetensors.index.json').unlink()
+  tokens = make_folder(tmp_path / 'tokens')
+  assert 'has 261 ids' in refused(capsys, 'convert', str(folder), str(tmp_path / 'out'), f'--tokenizer={tokens}')
+  for file in ('tokenizer.json', 'tokenizer_config.json'):
+    shutil.copy(tmp_path / 'tokens' / file, folder)
+  assert '261 ids, MORE than the 64 embeddings' in told(capsys, 'inspect', str(folder))
+  assert not (tmp_path / 'out').exists()
