@@ -2,14 +2,30 @@
 
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
-from rl_reasoning import build, checkpoint, config, data, lora, metrics, model, resolution, rollout, sharding, stored, weights
+from rl_reasoning import (
+  build,
+  checkpoint,
+  config,
+  data,
+  lora,
+  metrics,
+  model,
+  resolution,
+  rollout,
+  sharding,
+  stored,
+  train,
+  weights,
+)
 from rl_reasoning.collect import collect
 from rl_reasoning.config import ConfigError, Lora
 from tests.test_distill import make_teacher
@@ -276,6 +292,16 @@ def test_small_adapters_in_bfloat16():
     dtype='bfloat16',
   )  # fmt: skip
   assert rolled.length_N.min() > 1
+
+
+@pytest.mark.parametrize('role, key', [('base', 'policy'), ('base.critic', 'critic'), ('ref', 'ref')])
+def test_a_changed_base_is_named_by_its_key(role, key, tmp_path):
+  """Failure: a run whose base has changed goes on, or the error names a key that no config has."""
+  workdir, state = epath.Path(tmp_path), SimpleNamespace(frozen={role: {'w': jnp.ones(2)}})
+  train.check_frozen(workdir, state)
+  train.check_frozen(workdir, state)
+  with pytest.raises(ConfigError, match=f'roles.{key}.init: its weights are not those that .* began with'):
+    train.check_frozen(workdir, SimpleNamespace(frozen={role: {'w': jnp.zeros(2)}}))
 
 
 @pytest.mark.parametrize('keys, wanted', [

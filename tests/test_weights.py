@@ -24,12 +24,6 @@ NAMES = ('llama', 'qwen2', 'qwen3')
 Q = 'model.layers.1.self_attn.q_proj.weight'
 
 
-def logits_of(params, arch, tokens):
-  position = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-  hidden, _ = model.forward(params, arch, tokens, np.ones_like(tokens), position)
-  return model.logits(hidden, model.head(params))
-
-
 def assert_same(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -48,16 +42,6 @@ def copy(tmp_path, name='llama', config=(), tensors=None):
 
 def read(path):
   return weights.load(path, weights.read_arch(path))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_logits_are_those_of_transformers(name):
-  arch, golden = weights.read_arch(str(FIXTURES / name)), np.load(FIXTURES / name / 'golden.npz')
-  params = weights.load(str(FIXTURES / name), arch)
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-  np.testing.assert_allclose(logits_of(params, arch, golden['tokens']), golden['logits'], atol=1e-4)
-  other = dataclasses.replace(arch, rope_theta=2 * arch.rope_theta)
-  assert np.abs(logits_of(params, other, golden['tokens']) - golden['logits']).max() > 0.01
 
 
 def trunk_of(params):
@@ -174,27 +158,18 @@ def test_defaults_of_old_configs(tmp_path):
   assert (arch.head_dim, arch.num_key_value_heads, arch.rope_theta) == (8, 4, 10_000.0)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_save_and_load(tmp_path, name):
-  from transformers import AutoConfig
-
-  source = copy(tmp_path, name)
+def test_save_and_load(tmp_path):
+  """Failure: files of the tokenizer are lost, an export is not where it was asked for, or one that is there is written over."""
+  source = copy(tmp_path, 'qwen2')
   for file in ('tokenizer.json', 'generation_config.json'):
     (pathlib.Path(source) / file).write_text(f'{{"{file}": 1}}')
   params, arch, target = read(source), weights.read_arch(source), str(tmp_path / 'new' / 'saved')
   weights.save(params, arch, target, source)
-  assert weights.read_arch(target) == arch
   assert_same(weights.load(target, arch), params)
-  old, new = (load_file(f'{folder}/model.safetensors') for folder in (source, target))
-  assert old.keys() == new.keys() and all(np.array_equal(old[k], new[k]) for k in old)
   files = {'config.json', 'model.safetensors', 'tokenizer.json', 'generation_config.json'}
   assert {p.name for p in pathlib.Path(target).iterdir()} == files
   written = json.loads((pathlib.Path(target) / 'config.json').read_text())
   assert written['rope_theta'] == written['rope_parameters']['rope_theta'] == arch.rope_theta
-  config, original = AutoConfig.from_pretrained(target), AutoConfig.from_pretrained(source)
-  assert type(config) is type(original) and config.architectures == original.architectures
-  for key in ('rope_parameters', 'rms_norm_eps', 'tie_word_embeddings', 'num_key_value_heads'):
-    assert getattr(config, key) == getattr(original, key), key
   with pytest.raises(ConfigError, match='saved: exists already'):
     weights.save(params, arch, target)
 
@@ -210,9 +185,9 @@ def test_failed_save_leaves_nothing(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_onto_a_mesh_and_back(tmp_path, name):
-  arch, path = weights.read_arch(str(FIXTURES / name)), str(FIXTURES / name)
+def test_onto_a_mesh_and_back(tmp_path):
+  path = str(FIXTURES / 'qwen2')
+  arch = weights.read_arch(path)
   mesh = sharding.make_mesh(1, 4, 2)
   places = placed(model.weight_table(arch), mesh)
   params = weights.load(path, arch, places)

@@ -9,7 +9,6 @@ are compared before the first tensor is read, and every weight is built and put 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -26,14 +25,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rl_reasoning import families, lora, model, rope, tokenizer
-from rl_reasoning.arch import RopeScaling
+from rl_reasoning import families, lora, model, tokenizer
 from rl_reasoning.config import ConfigError, Lora, check
-from rl_reasoning.families import hf_arch, make_arch, read_json
-from rl_reasoning.gguf_tokenizer import metadata, open_gguf
+from rl_reasoning.families import hf_arch, read_json
 from rl_reasoning.model import Arch, Weight
 from rl_reasoning.structs import PyTree
 from rl_reasoning.tensors import Slices, Tensor, safetensors_tensors
+from rl_reasoning.weights.gguf_weights import gguf_arch, gguf_tensors
 
 TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
@@ -75,48 +73,6 @@ def score_shift(path: str) -> float:
   return float(shift)
 
 
-def gguf_arch(path: str) -> Arch:
-  family = metadata(path, 'general.architecture')
-  check(family in GGUF_FAMILIES, f'{path}: general.architecture {family!r} is none of {", ".join(GGUF_FAMILIES)}')
-
-  def get(key: str, *default: Any) -> Any:
-    value = metadata(path, f'{family}.{key}', *default)
-    # Metadata are float32: the shortest decimal that reads back as the same one is what config.json said (1e-5, not 9.99999975e-06).
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-  kind = get('rope.scaling.type', 'none')
-  check(kind == 'none', f'{path}: {family}.rope.scaling.type {kind!r} is not built, only the default one is')
-  tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
-  shapes = {name: tensor.shape.tolist() for name, tensor in tensors.items()}
-  check('token_embd.weight' in shapes, f'{path}: no tensor token_embd.weight')
-  heads, D = get('attention.head_count'), get('embedding_length')
-  check(isinstance(heads, int) and heads > 0, f'{path}: {family}.attention.head_count {heads!r} is no positive integer')
-  arch = make_arch(path, {
-    'vocab_size': shapes['token_embd.weight'][-1],
-    'hidden_size': D,
-    'intermediate_size': get('feed_forward_length'),
-    'num_hidden_layers': get('block_count'),
-    'num_attention_heads': heads,
-    'num_key_value_heads': get('attention.head_count_kv', heads),
-    'head_dim': get('attention.key_length', D // heads),
-    'rope_theta': get('rope.freq_base', 10_000.0),
-    'max_position_embeddings': get('context_length', 0),
-    'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
-    'tie_word_embeddings': 'output.weight' not in shapes,
-    **GGUF_FAMILIES[family],
-  })  # fmt: skip
-  turned = get('rope.dimension_count', arch.head_dim)
-  check(turned == arch.head_dim, f'{path}: {family}.rope.dimension_count {turned} is not the head dimension {arch.head_dim}')
-  if ROPE_FACTORS not in tensors:
-    return arch
-  factors = np.asarray(tensors[ROPE_FACTORS].data, np.float32)
-  stretched = dataclasses.replace(arch, rope_scaling=RopeScaling('llama3', float(factors.max()), 8192))
-  wanted = np.asarray(rope.frequencies(arch) / rope.frequencies(stretched))
-  same = factors.shape == wanted.shape and np.allclose(factors, wanted, rtol=1e-4)
-  check(same, f"{path}: {ROPE_FACTORS} is not what Llama 3's scaling of lengths beyond 8192 tokens gives, which alone is read")
-  return stretched
-
-
 def our_names(tensors: dict[str, Tensor], arch: Arch) -> dict[str, Tensor]:
   """The tensors of a folder under the names of the weight table; fused projections apart."""
   ours, _ = families.rename(families.family_of(arch))
@@ -148,51 +104,6 @@ def fused_parts(arch: Arch) -> dict[str, dict[str, int]]:
     found[attn + 'qkv_proj.weight'] = {f'{attn}{name}_proj.weight': count * H for name, count in heads.items()}
     found[mlp + 'gate_up_proj.weight'] = {f'{mlp}{name}_proj.weight': arch.intermediate_size for name in ('gate', 'up')}
   return found
-
-
-ROPE_FACTORS = 'rope_freqs.weight'  # what Llama 3.1's frequencies are divided by; no metadata tell of it
-GGUF_FAMILIES: dict[str, dict[str, Any]] = {'llama': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
-GGUF_NAMES = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
-GGUF_BLOCK = {
-  'attn_norm': 'input_layernorm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
-  'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm', 'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm', 'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj',
-}  # fmt: skip
-
-
-def hf_name(name: str) -> str:
-  """'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'; a name not known stays as it is."""
-  *front, kind = name.split('.')
-  if len(front) == 3 and front[0] == 'blk' and front[2] in GGUF_BLOCK:
-    return f'model.layers.{front[1]}.{GGUF_BLOCK[front[2]]}.{kind}'
-  return f'{GGUF_NAMES[front[0]]}.{kind}' if len(front) == 1 and front[0] in GGUF_NAMES else name
-
-
-def gguf_tensors(path: str, arch: Arch) -> dict[str, Tensor]:
-  import gguf
-
-  def read(tensor, heads: int | None, at: Slices) -> np.ndarray:
-    rows = np.arange(tensor.data.shape[0])
-    if (
-      heads
-    ):  # of llama alone: rows of a head lie as the pairs that RoPE turns, 0, H/2, 1, ...; Hugging Face splits a head in halves
-      rows = rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    try:
-      x = gguf.dequantize(tensor.data[rows[at[0]]], tensor.tensor_type)
-    except (NotImplementedError, ValueError) as error:
-      raise ConfigError(f'{path}: tensor {tensor.name}: {error}') from None
-    return x[(slice(None), *at[1:])]
-
-  paired_heads = {'attn_q.weight': arch.num_attention_heads, 'attn_k.weight': arch.num_key_value_heads}
-  heads = paired_heads if metadata(path, 'general.architecture') == 'llama' else {}
-  result = {}
-  for tensor in open_gguf(path).tensors:
-    paired = heads.get('.'.join(tensor.name.split('.')[2:]))
-    shape = tuple(tensor.shape.tolist()[::-1])
-    result[hf_name(tensor.name)] = Tensor(path, shape, functools.partial(read, tensor, paired))
-  result.pop(ROPE_FACTORS, None)
-  return result
 
 
 def parts_of(w: Weight) -> dict[tuple[int, ...], str]:
@@ -288,7 +199,7 @@ def pieces(w: Weight, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], S
       yield (*front, start), (*(slice(n, n + 1) for n in front), slice(start, stop))
 
 
-def put_part(w: Weight, tensors: Mapping[str, Tensor], index: Slices, devices: Sequence[jax.Device]) -> list[jax.Array]:
+def put_part(w: Weight, tensors: Mapping[str, Tensor], index: Slices, devices: Sequence[Any]) -> list[jax.Array]:
   """The part of a weight that `index` selects, on every one of the devices."""
   bounds = [part.indices(size)[:2] for part, size in zip(index, w.shape, strict=True)]
   shape, parts = [stop - start for start, stop in bounds], []
@@ -316,7 +227,7 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
   def put(w: Weight, sharding=None) -> jax.Array:
     if sharding is None:
       sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sharers: dict[str, tuple[Slices, list]] = {}  # a part that several devices hold is read once
+    sharers: dict[str, tuple[Any, list]] = {}  # a part that several devices hold is read once
     for device, index in sharding.addressable_devices_indices_map(w.shape).items():
       sharers.setdefault(str(index), (index, []))[1].append(device)
     parts = [part for index, devices in sharers.values() for part in put_part(w, tensors, index, devices)]

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from rl_reasoning import lora, model, resolution, stored, tensors, tokenizer, weights
 from rl_reasoning.arch import Arch
 from rl_reasoning.config import Parser, Role, check, exit_code, one_line
+from rl_reasoning.gguf_tokenizer import open_gguf
 
 
 def size(count: float) -> str:
@@ -32,7 +33,7 @@ def tensors_by_dtype(source: str) -> dict[str, tuple[int, int]]:
   """dtype -> (tensors, numbers) of a folder or file."""
   found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
   kinds = (
-    ((t.tensor_type.name, int(t.n_elements)) for t in weights.open_gguf(source).tensors)
+    ((t.tensor_type.name, int(t.n_elements)) for t in open_gguf(source).tensors)
     if weights.is_gguf(source)
     else ((kind, math.prod(shape)) for kind, shape in tensors.stored_kinds(pathlib.Path(source)))
   )
