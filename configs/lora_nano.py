@@ -3,7 +3,7 @@
 Command:  python -m rl_reasoning.pipeline --config=configs/lora_nano.py:seed=0 --workdir=runs/lora_nano
 Hardware: 2 CPU cores. Not run to its end yet: no numbers.
 
-Adapters have ten times the learning rate of the weights, and all else equal.
+Adapters have another learning rate than the weights, and all else equal.
 """
 
 from rl_reasoning.config import read_file
@@ -24,7 +24,7 @@ def get_config(seed: int = 0, rank: int = 8) -> dict:
   sft.pop('model')
   chosen = {'lora': {'rank': rank}}
 
-  def adapted(stage: dict) -> dict:
-    return {**stage, **chosen, 'optim': {**stage['optim'], 'learning_rate': 10 * stage['optim']['learning_rate']}}
+  def adapted(stage: dict, learning_rate: float) -> dict:
+    return {**stage, **chosen, 'optim': {**stage['optim'], 'learning_rate': learning_rate}}
 
-  return {'stages': {'base': base, 'sft': sft, 'sft_lora': adapted(sft), 'rl': rl, 'rl_lora': adapted(rl)}}
+  return {'stages': {'base': base, 'sft': sft, 'sft_lora': adapted(sft, 1e-2), 'rl': rl, 'rl_lora': adapted(rl, 1e-3)}}

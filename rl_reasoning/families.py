@@ -363,9 +363,11 @@ def old_rope_config(arch: Arch, name: str) -> dict[str, Any]:
   if name == 'gemma3_text':
     found['rope_local_base_freq'] = arch.local_rope_theta
   if arch.rope_scaling.rope_type != 'default':
-    given = rope_config(arch)
-    given = {key: value for key, value in given.get(FULL, given).items() if key not in ('rope_theta', 'partial_rotary_factor')}
-    if name == 'phi3' and not arch.rope_scaling.attention_factor:  # exactly these three keys; the rest follows from the lengths
+    every = rope_config(arch)
+    given = {key: value for key, value in every.get(FULL, every).items() if key not in ('rope_theta', 'partial_rotary_factor')}
+    s = arch.rope_scaling
+    follows = s.factor * s.original_max_position_embeddings == arch.max_position_embeddings and not s.attention_factor
+    if name == 'phi3' and follows:  # transformers 4 takes exactly these three keys, and the rest from the lengths
       given = {key: given[key] for key in ('short_factor', 'long_factor')} | {'type': 'longrope'}
     found['rope_scaling'] = given
   return found
