@@ -9,7 +9,7 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'
 # Many tests build the same programs.
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(__file__).parent.parent / '.pytest_cache' / 'xla')
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 
 def pytest_terminal_summary(terminalreporter):
