@@ -1,7 +1,9 @@
 """Adapters against full training at nano scale: SFT on a careful author's chains, and GRPO, each from the demo's base.
 
 Command:  python -m rl_reasoning.pipeline --config=configs/lora_nano.py:seed=0 --workdir=runs/lora_nano
-Hardware: 2 CPU cores. Not run to its end yet: no numbers.
+Hardware: 2 CPU cores. Duration: 29 minutes beside other work.
+Measured, seed 0, greedy accuracy on 1,000 held-out problems: base .301; SFT .992 in full, .987 with adapters; GRPO .896 in full, .927 with
+adapters (one standard error .010). 43,776 of 357,792 parameters are trained. See docs/results/lora_nano.json.
 
 Adapters have another learning rate than the weights, and all else equal.
 """
