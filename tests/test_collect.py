@@ -57,7 +57,7 @@ def sample(monkeypatch):
       numbered = Numbered()
       numbered.adapts = adapts
       got = collect.collect(run, numbered, state, jax.random.key(0), metrics.PhaseTimer())
-      prepared = run.objective.prepare({}, got.batch)[0]
+      prepared = jax.jit(run.objective.prepare)({}, got.batch)[0]
     return got, prepared, asked
 
   return run_once
