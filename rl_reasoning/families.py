@@ -62,10 +62,11 @@ FAMILIES: dict[str, Family] = {
     'num_key_value_heads': 8, 'rope_theta': 1e6, 'num_local_experts': 8, 'num_experts_per_tok': 2, 'max_position_embeddings': 131_072,
   }, renamed=MIXTRAL_NAMES),
   'qwen3_moe': Family('Qwen3Moe', {'qk_norm': True}, {
-    'num_key_value_heads': 4, 'num_experts_per_tok': 8, 'moe_intermediate_size': 768, 'max_position_embeddings': 32_768,
+    'num_key_value_heads': 4, 'num_local_experts': 128, 'num_experts_per_tok': 8, 'moe_intermediate_size': 768,
+    'max_position_embeddings': 32_768,
   }),
   'deepseek_v3': Family('DeepseekV3', {'scoring_func': 'sigmoid'}, {
-    'num_key_value_heads': 128, 'num_experts_per_tok': 8, 'moe_intermediate_size': 2048, 'n_shared_experts': 1,
+    'num_key_value_heads': 128, 'num_local_experts': 256, 'num_experts_per_tok': 8, 'moe_intermediate_size': 2048, 'n_shared_experts': 1,
     'first_k_dense_replace': 3, 'n_group': 8, 'topk_group': 4, 'routed_scaling_factor': 2.5, 'q_lora_rank': 1536, 'kv_lora_rank': 512,
     'qk_rope_head_dim': 64, 'qk_nope_head_dim': 128, 'v_head_dim': 128, 'max_position_embeddings': 4096,
   }),
@@ -237,7 +238,7 @@ def read_experts(r: Reader, name: str) -> dict[str, Any]:
       r.get('decoder_sparse_step', 1) == 1 and not r.get('mlp_only_layers'),
       'dense layers between those with experts are not built',
     )
-    experts = r.get('num_experts') or r.get('num_local_experts', 128)
+    experts = r.get('num_experts') or r.get('num_local_experts')
     return {
       'num_experts': experts, 'num_experts_per_tok': r.count('num_experts_per_tok'),
       'moe_intermediate_size': r.count('moe_intermediate_size'), 'norm_topk_prob': bool(r.get('norm_topk_prob', False)),
@@ -247,7 +248,7 @@ def read_experts(r: Reader, name: str) -> dict[str, Any]:
     r.check(r.get('topk_method', 'noaux_tc') == 'noaux_tc', f'topk_method {r.get("topk_method")!r} is not noaux_tc')
     r.check(r.get('moe_layer_freq', 1) == 1, 'moe_layer_freq: dense layers between those with experts are not built')
     return {
-      'num_experts': r.get('n_routed_experts') or r.get('num_local_experts', 256), 'num_experts_per_tok': r.count('num_experts_per_tok'),
+      'num_experts': r.get('n_routed_experts') or r.get('num_local_experts'), 'num_experts_per_tok': r.count('num_experts_per_tok'),
       'moe_intermediate_size': r.count('moe_intermediate_size'), 'n_shared_experts': r.count('n_shared_experts', 0),
       'first_k_dense_replace': r.count('first_k_dense_replace', 0), 'norm_topk_prob': bool(r.get('norm_topk_prob', True)),
       'n_group': r.count('n_group', 1), 'topk_group': r.count('topk_group', 1),

@@ -66,7 +66,8 @@ def safetensors_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
           if name not in eighths
           else functools.partial(eighth, file, name)
         )
-        check(name not in result, f'{file}: tensor {name} is in {result[name].file if name in result else file}, too')
+        if name in result:
+          raise ConfigError(f'{file}: tensor {name} is in {result[name].file}, too')
         result[name] = Tensor(str(file), shape, read)
     except (safetensors.SafetensorError, OSError) as error:
       raise ConfigError(f'{file}: truncated or no safetensors file: {error}') from None
@@ -104,9 +105,8 @@ def dequantised(tensors: dict[str, Tensor], eighths: set[str], folder: pathlib.P
     method, block = quantised.get('quant_method'), quantised.get('weight_block_size')
     check(method == 'fp8' and block == [BLOCK, BLOCK],
           f'{file}: quantization {method!r} with blocks of {block} is not read, only fp8 in blocks of [{BLOCK}, {BLOCK}]')  # fmt: skip
-  scales_of = {
-    f'{name}_scale_inv' for name in eighths
-  }  # any other scale belongs to numbers that were cast without it: it stays, unread
+  # A scale of no 8-bit numbers belongs to some that were cast without it: it stays, and is refused as a tensor that nothing reads.
+  scales_of = {f'{name}_scale_inv' for name in eighths}
   result = {name: tensor for name, tensor in tensors.items() if name not in scales_of}
   for name in sorted(eighths):
     check(f'{name}_scale_inv' in tensors, f'{tensors[name].file}: tensor {name} is of 8 bits, and {name}_scale_inv is missing')

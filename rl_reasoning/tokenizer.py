@@ -84,9 +84,9 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-  """A transformers tokenizer from a folder or a GGUF file; end ids from it AND from generation_config. `added`: further
-  tokens, which come out of text as one id each. Like the tags of published reasoning models they are not special: whoever decodes without
-  special tokens still sees them."""
+  """A transformers tokenizer from a folder or a GGUF file; end ids from it AND from generation_config. `added`: further tokens, which come
+  out of text as one id each. Like the tags of published reasoning models they are not special: whoever decodes without special tokens
+  still sees them."""
 
   def __init__(self, path: str, added: Sequence[str] = ()):
     os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # it advises PyTorch, which nothing here needs

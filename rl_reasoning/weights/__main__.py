@@ -101,11 +101,12 @@ def convert(source: str, target: str, dtype: str, adapter: bool, tokenizer_path:
   if stored.is_run(source):
     check(tokenizer_path is None, '--tokenizer: a run of ours knows its own')
     stored.export(source, target, dtype, adapter)
-    base, shift = stored.run_config(source, 'roles', 'policy', 'init'), stored.score_shift(source)
-    if adapter and (stored.is_run(base) or weights.is_gguf(base)):
-      print(f'{base}, which they adapt, is nothing that peft opens: convert it, too, and load {target} beside that')
-    if adapter and shift:
-      print(f'peft gives the scores before the shift of {-shift:+g}')
+    if adapter:
+      base, shift = stored.run_config(source, 'roles', 'policy', 'init'), stored.score_shift(source)
+      if stored.is_run(base) or weights.is_gguf(base):
+        print(f'{base}, which they adapt, is nothing that peft opens: convert it, too, and load {target} beside that')
+      if shift:
+        print(f'peft gives the scores before the shift of {-shift:+g}')
     return
   check(not adapter, f'--adapter: {source} is no run of ours')
   arch, heads = weights.read_arch(source), weights.source_heads(source)
