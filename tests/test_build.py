@@ -706,7 +706,7 @@ def test_trunks_of_other_roles(tmp_path, monkeypatch):
   for name, layers in (('ref', 2), ('critic', 1)):
     (tmp_path / name).mkdir()
     arch = dataclasses.replace(PRESETS['tiny'], num_hidden_layers=layers)
-    (tmp_path / name / 'config.json').write_text(json.dumps(families.hf_config(arch, 'ForCausalLM')))
+    (tmp_path / name / 'config.json').write_text(json.dumps(families.hf_config(arch, 'lm')))
   make_net, frozen = model.make_net, []
   monkeypatch.setattr(model, 'make_net', lambda *given, **keys: frozen.append(keys['frozen_layers']) or make_net(*given, **keys))
   dpo = config.merge(SETTINGS['dpo'], {'optim': {'frozen_layers': 1, 'cache_features': True}})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rl_reasoning import checkpoint, config, evaluate, evaluators, model, rollout, sharding, tables, tokenizer, train
+from rl_reasoning import checkpoint, config, evaluate, evaluators, model, rollout, sharding, stored, tables, tokenizer, train
 from rl_reasoning.build import Run
 from rl_reasoning.config import ConfigError
 from rl_reasoning.estimates import bootstrap_interval, maj_at_k, mean_and_error, pass_at_k
@@ -125,7 +125,7 @@ def test_divergence(params, monkeypatch):
   is not 0 from the policy's own weights."""
   run = make_run(batch_size=4)._replace(mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
   others = {'same': params, 'other': jax.tree.map(lambda x: 0.7 * x, params)}
-  monkeypatch.setattr(evaluators.build, 'load_params', lambda init, *rest: others[init])
+  monkeypatch.setattr(stored, 'load_params', lambda init, *rest: others[init])
   found = {
     name: evaluators.evaluate(run, params, PROBLEMS[:6], 'it', one({'num_samples': 2, 'temperature': 0.7, 'kl_to': name}))
     for name in others

@@ -235,7 +235,8 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
 
   table = model.weight_table(arch, tuple(head for head in heads if head in source))
   trees = (table,) + (() if shardings is None else (shardings,))
-  return jax.tree.map(put, *trees, is_leaf=model.is_weight)
+  with jax.ensure_compile_time_eval():  # under a trace too: device_put would give tracers, of which no array is made
+    return jax.tree.map(put, *trees, is_leaf=model.is_weight)
 
 
 def has_tokenizer(path: str) -> bool:
