@@ -1,14 +1,17 @@
 """Checkpoints of a whole TrainState through orbax: atomic, bit for bit, restored onto any mesh.
 
-A step's folder appears by a rename once it is whole, so a kill during a save leaves the one before. The `position` item holds step, cursor
-and a fingerprint of every array: a file that was damaged later is found when it is read, not when a run has gone on from it.
+A save goes on behind the next steps (`wait` is for its end). A step's folder appears by a rename once it is whole, so a kill during a save
+leaves the one before. The `position` item holds step, cursor and a fingerprint of every array: a file that was damaged later is found when
+it is read, not when a run has gone on from it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,32 +64,63 @@ def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.Checkp
   else:
     directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=settings.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, save_root_metadata=False
-    )
+      max_to_keep=settings.keep, cleanup_tmp_directories=True, save_root_metadata=False,
+      # Made behind the steps, a folder that cannot be made lets the writers wait for it until they time out.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )  # fmt: skip
   handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ('params', 'opt', 'rest')}
   return ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, 'position': ocp.JsonCheckpointHandler()})
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-  """Returns when the checkpoint is whole. Raises ConfigError where the disk is full; the checkpoints before it stay."""
-  parts = items(state)
-  prints = {name: int(fingerprint(x)) for name, x in parts.items()}
-  position: dict[str, Any] = {'step': state.step, 'cursor': state.cursor, 'fingerprint': prints}
-  position['digest'] = digest(position)
-  arguments: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
-  before = manager.latest_step()
+@contextlib.contextmanager
+def saving(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+  """Raises ConfigError where the disk is full while `step` is saved; the checkpoints before it stay."""
   try:
-    manager.save(state.step, args=ocp.args.Composite(**arguments, position=ocp.args.JsonSave(position)), force=True)
+    yield
   except Exception as error:
     if 'no space left' not in str(error).lower():
       raise
     with contextlib.suppress(OSError):  # orbax's threads may still be writing: what they leave is deleted by the next start
-      for left in manager.directory.glob(f'{state.step}.*tmp*'):
+      for left in manager.directory.glob(f'{step}.*tmp*'):
         left.rmtree()
-    text = (
-      f'no space left on {manager.directory} while saving step {state.step}; the last good checkpoint is that of step {before}'
-    )
-    raise ConfigError(text) from error
+    manager.reload()  # it has forgotten those that this one was to replace
+    last = manager.latest_step()
+    raise ConfigError(
+      f'no space left on {manager.directory} while saving step {step}; the last good checkpoint is that of step {last}'
+    ) from error
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+  """Until the last `save` is whole. Raises ConfigError where the disk was full."""
+  with saving(manager, manager.latest_step()):  # a step counts from when its save begins
+    manager.wait_until_finished()
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
+  """Returns once the arrays are copied off the devices, when the state may be donated, and writes on behind the next steps. Raises
+  ConfigError where the disk is full, be it for the save before.
+
+  On CPU the copies are views of the device's memory: JAX does not donate a buffer to which there is one, but copies it then.
+  """
+  wait(manager)
+  parts = items(state)
+  prints = {name: int(fingerprint(x)) for name, x in parts.items()}
+  position: dict[str, Any] = {'step': state.step, 'cursor': copy.deepcopy(state.cursor), 'fingerprint': prints}
+  position['digest'] = digest(position)
+  arguments: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+  with saving(manager, state.step):
+    manager.save(state.step, args=ocp.args.Composite(**arguments, position=ocp.args.JsonSave(position)), force=True)
+
+
+@contextlib.contextmanager
+def opened(workdir: str, settings: Checkpoint) -> Iterator[ocp.CheckpointManager]:
+  """The manager that saves; at the end, whatever has happened, its last save is waited for. Raises ConfigError as `wait`."""
+  manager = open_manager(workdir, settings)
+  try:
+    yield manager
+  finally:
+    wait(manager)
+    manager.close()
 
 
 def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:

@@ -25,6 +25,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from rl_reasoning.preemption import EXIT_CODE, Preempted
+
 
 class ConfigError(ValueError):
   """The user's error: printed without a traceback, exit code 2."""
@@ -60,6 +62,9 @@ def exit_code(command: Callable[[list[str]], int | None], argv: Sequence[str], a
   except ConfigError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except Preempted as preempted:
+    print(f'{preempted}; {again}', file=sys.stderr)
+    return EXIT_CODE
   except KeyboardInterrupt:
     print(f'interrupted; {again}', file=sys.stderr)
     return 130

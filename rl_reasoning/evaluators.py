@@ -31,6 +31,7 @@ from rl_reasoning import (
   data,
   metrics,
   model,
+  preemption,
   ranking_evaluator,
   resolution,
   rewards,
@@ -288,6 +289,7 @@ def in_batches(
     clock = time.perf_counter()
     ids = list(range(start, min(start + batch_size, problems)))
     batch = make(ids)
+    preemption.check()  # before the batch is kept: the signal may have ended those who judged it, too
     samples += batch
     seconds, done = time.perf_counter() - clock, ids[-1] + 1
     if file is not None:
@@ -444,6 +446,7 @@ def rank(
   dtype, layers = config.model.dtype, config.optim.frozen_layers
 
   def scores(batch: Batch) -> Array:
+    preemption.check()
     if not run.speaks:
       return token_scores(params, run.arch, batch, dtype, layers)
     logp = masked_logp(params, run.arch, batch, jnp.float32(1), dtype)

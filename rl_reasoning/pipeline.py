@@ -13,6 +13,8 @@ not what it left. Hours of work are never deleted by an edit: a stage that has c
 until `--rerun=STAGE` names it. It is then deleted and made again, and so is, without being named, what was made from it, but only once it
 has come out different. --rerun does nothing to a stage that has not changed, so that the same command goes on after a kill; to make one
 again all the same, delete its folder. --overwrite makes everything anew. --plan prints the stages and what would happen, and runs nothing.
+
+Exit codes are those of rl_reasoning.train; after 42 (preempted, in a stage of whatever kind) and 130 the same command goes on.
 """
 
 if __name__ == '__main__':
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from rl_reasoning import config as config_lib, datagen, environment, metrics, train
+from rl_reasoning import config as config_lib, environment, metrics, preemption, train
 from rl_reasoning.config import ConfigError, check
 from rl_reasoning.data_from_api import ANSWERS
 from rl_reasoning.manifest import Manifest, changes
@@ -245,5 +247,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  signal.signal(signal.SIGTERM, datagen.interrupt)
+  signal.signal(signal.SIGTERM, preemption.leave)  # a stage of training saves itself first
   sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import model, sharding, tokenizer, weights
+from rl_reasoning import model, preemption, sharding, tokenizer, weights
 from rl_reasoning.advantages import EPSILON
 from rl_reasoning.config import Combination, ConfigError, Reward, check, one_line
 from rl_reasoning.data import pad_rows
@@ -144,6 +144,7 @@ def score_texts(
   score_N, has_N = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
   devices = 1 if mesh is None else sharding.axis_size(mesh, 'rows')
   while order:
+    preemption.check()
     size = max(1, min(ROWS, TOKENS // sharding.size_class(len(ids[order[0]]))))
     size = -(-size // devices) * devices
     some, order = order[:size], order[size:]

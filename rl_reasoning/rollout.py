@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import attention, config as config_lib, model, rope, sampling, sharding
+from rl_reasoning import attention, config as config_lib, model, preemption, rope, sampling, sharding
 from rl_reasoning.structs import Array, PyTree, Rollout
+
+PACE = 64  # tokens of a decode call: between two of them a rollout can be preempted
 
 
 class Decoder(NamedTuple):
@@ -206,7 +208,7 @@ def decoding(
   records: bool = False,
 ) -> Iterator[Decoding]:
   """The states of `generate` as they come: after every `pace` tokens (0: whenever the cache is full), the last one when all is done. A
-  state must be read before the next one is asked for, which takes over its memory."""
+  state must be read before the next one is asked for, which takes over its memory. Raises Preempted between two of them."""
   if not all(len(p) for p in prompts):
     raise ValueError('rollout: a prompt has no token; a decoder needs at least one to continue')
   B, C = len(prompts), settings.max_completion_length
@@ -226,6 +228,7 @@ def decoding(
   layers = model.decode_weights(params, arch, dtype, fuse)
   size, full = settings.chunk, 0
   while (t := int(state.t)) < C and not bool(jnp.all(state.done)):
+    preemption.check()
     if t > full:
       full, size = min(size, C), 2 * size
       state = state._replace(cache=grow(state.cache, full))
@@ -257,7 +260,7 @@ def generate(
   B, C = len(prompts), settings.max_completion_length
   states = decoding(
     params, arch, prompts, settings=settings, group=group, end_ids=end_ids, key=key, dtype=dtype, mesh=mesh, prompt_ids=prompt_ids,
-    u_BGC=u_BGC, records=records,
+    u_BGC=u_BGC, pace=PACE, records=records,
   )  # fmt: skip
   state = collections.deque(states, maxlen=1).pop()
   tokens, logp, done = jax.device_get((state.tokens, state.logp, state.done))

@@ -2,7 +2,11 @@
 
   python -m rl_reasoning.train --config=FILE.py:NAME=VALUE --workdir=DIR [--config.KEY=VALUE ...] [--overwrite] [--explain[=json]]
 
-Exit codes: 0 done, 2 the user's error, 3 diverged.
+Exit codes: 0 done, 2 the user's error, 3 diverged, 42 preempted, 130 interrupted.
+
+Preempted: SIGTERM came, what is done is saved, and the same command goes on, on this mesh or another. A rollout or an evaluation is cut,
+and made again by the next start; an update is finished, and with it the step. A compilation or the reward functions of a batch are waited
+for: where that outlasts the grace period, the last checkpoint stands.
 """
 
 if __name__ == '__main__':
@@ -14,18 +18,31 @@ import contextlib
 import errno
 import json
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
 
-from rl_reasoning import build, checkpoint, config as config_lib, data, environment, evaluators, metrics, resolution, tables
+from rl_reasoning import (
+  build,
+  checkpoint,
+  config as config_lib,
+  data,
+  environment,
+  evaluators,
+  metrics,
+  preemption,
+  resolution,
+  tables,
+)
 from rl_reasoning.collect import check_rows, collect
 from rl_reasoning.config import Config, ConfigError, check
+from rl_reasoning.preemption import Preempted
 from rl_reasoning.structs import ROLLOUT, TrainState
 
 RUN_FILES = ('config.json', 'metrics.jsonl', 'eval.jsonl', 'summary.json', 'curves.png', 'frozen.json')
@@ -101,10 +118,25 @@ def sync_moving(run: build.Run, before: int, state: TrainState) -> TrainState:
   return state.replace(moving={'ref': jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state.moving['ref'], policy)})
 
 
+def check_finite(values: Mapping[str, float], step: int, manager) -> None:
+  """Raises Diverged, naming the last checkpoint, which is whole."""
+  for name, value in values.items():
+    if not math.isfinite(value):
+      checkpoint.wait(manager)
+      last = manager.latest_step()
+      raise Diverged(f'{name} is {value} at step {step}; the last good checkpoint is that of step {last}')
+
+
+def weights_norm(state: TrainState) -> dict[str, float]:
+  """A finite gradient can still take the weights beyond all numbers: looked at before they are saved."""
+  return {'the norm of the weights': float(jax.jit(optax.global_norm)(state.params))}
+
+
 def loop(
   run: build.Run, rows: data.Train, problems: Mapping[str, Sequence[dict]], state: TrainState, manager, writer: metrics.Writer
-) -> TrainState:
-  """From `state` to the last step: collect, score, prepare, update, and what is told of it."""
+) -> Iterator[TrainState]:
+  """From `state` to the last step: collect, score, prepare, update, and what is told of it. Yields the state after every step, when it is
+  whole and logged, and neither evaluated nor saved yet; Preempted is raised only where the latest of these can still be read."""
   config, root = run.config, jax.random.key(run.config.seed)
   flops = run.flops(state)
 
@@ -117,17 +149,21 @@ def loop(
       params, frozen = run.weights(state)
       writer.evaluation(state.step, evaluators.evaluate_all(run, params, problems, folder, frozen))
 
-  if state.step == 0 and config.eval.at_start:
-    run_evaluators()
+  if config.eval.at_start if state.step == 0 else last_or_every(state.step, config.eval.every):
+    evaluated = {entry['step'] for entry in metrics.read_jsonl(writer.workdir / 'eval.jsonl')}
+    if state.step == 0 or state.step not in evaluated:  # a step whose evaluation was preempted is saved without it
+      run_evaluators()
   while state.step < config.total_steps:
+    preemption.check()
     timer, start = metrics.PhaseTimer(), time.perf_counter()
     step, updates = state.step + 1, int(state.updates)
     key = jax.random.fold_in(root, step)  # nothing random outlives a step
     got = collect(run, rows, state, key, timer)
     with timer('score'):
       batch, aux, gathered = jax.block_until_ready(run.steps.prepare(state, run.steps.score(state, got.batch)))
+    preemption.check()
     state = state.replace(aux=aux)
-    with timer('update') as phase:
+    with timer('update') as phase:  # takes over the memory of the state before: from here on the step is finished
       for some in run.steps.minibatches(batch, key):
         state, more = run.steps.update(state, some)
         gathered = metrics.merge(gathered, more)
@@ -136,12 +172,7 @@ def loop(
     values = metrics.summarise({**gathered, **got.metrics})
     saves = last_or_every(step, config.checkpoint.every)
     checked = {name: value for name, value in values.items() if name == 'loss' or name.startswith('grad_norm')}
-    if saves:  # a finite gradient can still take the weights beyond all numbers
-      checked['the norm of the weights'] = float(jax.jit(optax.global_norm)(state.params))
-    for name, value in checked.items():
-      if not math.isfinite(value):
-        last = manager.latest_step()
-        raise Diverged(f'{name} is {value} at step {step}; the last good checkpoint is that of step {last}')
+    check_finite(checked | weights_norm(state) if saves else checked, step, manager)
     state = state.replace(step=step, cursor=got.cursor, aux=run.objective.adapt(state.aux, gathered))
     state = sync_moving(run, updates, state)
     if last_or_every(step, config.log_every):
@@ -155,15 +186,35 @@ def loop(
           mean, source = jax.device_get((batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1), batch.source_N))
           samples = [{**s, 'advantage': float(a)} for s, a in zip(samples, mean[source == ROLLOUT], strict=True)]
         writer.completions(step, samples)
+    yield state
     if last_or_every(step, config.eval.every):
       run_evaluators()
     if saves:
       checkpoint.save(manager, state)
+
+
+def run_loop(
+  run: build.Run, rows: data.Train, problems: Mapping[str, Sequence[dict]], state: TrainState, manager, writer: metrics.Writer
+) -> TrainState:
+  """The state at the end of `loop`, saved. Raises Preempted when SIGTERM has come and the last whole step is saved."""
+  with preemption.watched():
+    try:
+      for whole in loop(run, rows, problems, state, manager, writer):
+        state = whole
+      checkpoint.wait(manager)
+      preemption.check()
+    except Preempted:
+      if state.step and manager.latest_step() != state.step:
+        check_finite(weights_norm(state), state.step, manager)
+        checkpoint.save(manager, state)
+      checkpoint.wait(manager)
+      where = f'step {state.step} of {run.config.total_steps} is saved' if state.step else 'before the first step was done'
+      raise Preempted(f'preempted: {where}') from None
   return state
 
 
 def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
-  """Trains or resumes to config.total_steps; returns the summary that it also writes. Raises ConfigError or Diverged."""
+  """Trains or resumes to config.total_steps; returns the summary that it also writes. Raises ConfigError, Diverged, Preempted."""
   began, root_dir = time.time(), epath.Path(workdir)
   run = build.build(config, keys_set)
   config = run.config
@@ -182,10 +233,10 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     if finished.exists():
       return read_json(finished)
     check_frozen(root_dir, state)
-    manager = checkpoint.open_manager(workdir, config.checkpoint)
-    state = checkpoint.restore(manager, state) or state
-    with contextlib.closing(metrics.Writer(workdir, config.total_steps, state.step)) as writer:
-      state = loop(run, rows, problems, state, manager, writer)
+    with checkpoint.opened(workdir, config.checkpoint) as manager:
+      state = checkpoint.restore(manager, state) or state
+      with contextlib.closing(metrics.Writer(workdir, config.total_steps, state.step)) as writer:
+        state = run_loop(run, rows, problems, state, manager, writer)
   summary = {
     'steps': state.step, 'updates': int(state.updates), 'config_hash': config_lib.digest(config_lib.to_dict(config)),
     'seed': config.seed, 'wall_s': round(time.time() - began, 1), 'evaluations': metrics.read_jsonl(root_dir / 'eval.jsonl'),
@@ -295,4 +346,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGTERM, preemption.leave)
   sys.exit(main(sys.argv[1:]))

@@ -1,14 +1,18 @@
 """Checkpoints: bit for bit, on any mesh, and what is told where one is missing, damaged, or does not fit on the disk."""
 
+import asyncio
+import errno
 import itertools
 import os
 import re
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import jax_array_handlers
 
 from rl_reasoning import checkpoint, sharding
 from rl_reasoning.config import Checkpoint, ConfigError
@@ -46,6 +50,7 @@ def saved(workdir, *steps: int):
   manager = checkpoint.open_manager(str(workdir), KEEP)
   for step in steps:
     checkpoint.save(manager, make_state(step))
+  checkpoint.wait(manager)
   return manager
 
 
@@ -74,7 +79,7 @@ def test_bits_that_are_no_numbers(tmp_path):
   np.testing.assert_array_equal(np.asarray(got.params['policy']['w']).view(np.uint32), bits)
 
 
-@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 8, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 8, 1), (2, 1, 1), (1, 1, 2), (1, 1, 1)], ids=str)
 def test_another_mesh(sizes, tmp_path):
   """Failure: a run cannot go on on other hardware, or its weights do not lie as that mesh wants them."""
   saved(tmp_path, 4)
@@ -132,6 +137,7 @@ def test_keep(tmp_path):
   manager = checkpoint.open_manager(str(tmp_path), Checkpoint(keep=3))
   for step in (2, 4, 6, 8, 9):
     checkpoint.save(manager, make_state(step))
+  checkpoint.wait(manager)
   assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['6', '8', '9']
 
 
@@ -140,7 +146,8 @@ def test_identity(tmp_path):
   saved(tmp_path / 'one', 1, 2)
   prints = {name: int(checkpoint.fingerprint(part)) for name, part in checkpoint.items(make_state(2)).items()}
   assert checkpoint.identity(str(tmp_path / 'one')) == {'step': 2, **prints}
-  checkpoint.save(checkpoint.open_manager(str(tmp_path / 'two'), KEEP), make_state(2, seed=1))
+  with checkpoint.opened(str(tmp_path / 'two'), KEEP) as manager:
+    checkpoint.save(manager, make_state(2, seed=1))
   assert checkpoint.identity(str(tmp_path / 'two'))['params'] != prints['params']
   with pytest.raises(ConfigError, match='holds no checkpoint'):
     checkpoint.identity(str(tmp_path / 'none'))
@@ -244,6 +251,7 @@ def test_left_by_a_kill(tmp_path):
   assert (folder / '2.orbax-checkpoint-tmp').exists()  # who only reads deletes nothing
   manager = checkpoint.open_manager(str(tmp_path), KEEP)
   checkpoint.save(manager, make_state(2))
+  checkpoint.wait(manager)
   assert sorted(path.name for path in folder.iterdir()) == ['1', '2']
   assert_same_state(checkpoint.restore(manager, make_state(0)), make_state(2))
 
@@ -276,6 +284,7 @@ def test_full_disk(left, small_disk):
     os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_bsize - left // space.f_bsize * space.f_bsize)
   with pytest.raises(ConfigError, match=re.escape(f'no space left on {small_disk}/checkpoints while saving step 2')) as caught:
     checkpoint.save(manager, state(2))
+    checkpoint.wait(manager)
   assert 'the last good checkpoint is that of step 1' in str(caught.value) and '\n' not in str(caught.value)
   for reader in (manager, checkpoint.open_manager(str(small_disk), KEEP)):
     assert_same_state(checkpoint.restore(reader, state(0)), state(1))
@@ -284,4 +293,59 @@ def test_full_disk(left, small_disk):
     checkpoint.save(manager, state(step))
     assert_same_state(checkpoint.restore(manager, state(0)), state(step))
     manager = checkpoint.open_manager(str(small_disk), KEEP)
+  checkpoint.wait(manager)
   assert sorted(path.name for path in (small_disk / 'checkpoints').iterdir()) == ['2', '3']
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+  """Saves whose writing waits for `go`; `began` is set when it is there."""
+  write, began, go = jax_array_handlers._async_serialize_replica_slices, threading.Event(), threading.Event()
+
+  async def late(*arguments, **others):
+    began.set()
+    await asyncio.to_thread(go.wait, 60)
+    return await write(*arguments, **others)
+
+  monkeypatch.setattr(jax_array_handlers, '_async_serialize_replica_slices', late)
+  yield began, go
+  go.set()
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (1, 1, 1)], ids=str)
+def test_update_behind_a_save(sizes, held_back, tmp_path):
+  """Failure: the next update writes into the memory that is still to be saved, or a save waits until everything is written."""
+  began, go = held_back
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+  update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+  state, expected = make_state(1, mesh), make_state(1)
+  jax.block_until_ready(update(make_state(3, mesh).params))
+  manager = checkpoint.open_manager(str(tmp_path), KEEP)
+  checkpoint.save(manager, state)
+  assert began.wait(60) and not (tmp_path / 'checkpoints' / '1').exists()
+  later = [jax.block_until_ready(update(tree)) for tree in (state.params, state.opt['policy']['mu'], state.moving)]
+  assert all((np.asarray(x) == -1).all() for x in jax.tree.leaves(later))
+  go.set()
+  checkpoint.wait(manager)
+  assert_same_state(checkpoint.restore(checkpoint.open_manager(str(tmp_path), KEEP), make_state(0)), expected)
+
+
+def test_last_good_checkpoint(tmp_path, monkeypatch):
+  """Failure: a save that fails behind the steps is not told of, counts as a checkpoint, or makes the run forget the one that it has."""
+
+  async def full(*arguments, **others):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  manager = checkpoint.open_manager(str(tmp_path), Checkpoint(keep=1))
+  checkpoint.save(manager, make_state(1))
+  checkpoint.wait(manager)
+  for told in (checkpoint.wait, lambda manager: checkpoint.save(manager, make_state(3))):  # at the end, and at the next save
+    with monkeypatch.context() as patch:
+      patch.setattr(jax_array_handlers, '_async_serialize_replica_slices', full)
+      checkpoint.save(manager, make_state(2))
+      with pytest.raises(ConfigError, match='saving step 2; the last good checkpoint is that of step 1'):
+        told(manager)
+    assert manager.latest_step() == 1 and [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['1']
+  checkpoint.save(manager, make_state(2))
+  checkpoint.wait(manager)
+  assert_same_state(checkpoint.restore(manager, make_state(0)), make_state(2))

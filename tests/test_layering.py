@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
-  ('structs', 'config', 'environment', 'arch'),
+  ('structs', 'config', 'environment', 'preemption', 'arch'),
   (
     'sharding',
     'tokenizer',

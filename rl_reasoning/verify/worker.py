@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import select
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -46,6 +47,8 @@ def plain(value: Any) -> Any:
 
 def main(memory: int) -> None:
   """Serves until the parent closes the pipe. What jobs print, on whatever level, goes to stderr: stdout is taken from them first."""
+  # A scheduler sends SIGTERM to every process of a job: the parent decides. A handler, for SIG_IGN would be handed on to what a job starts.
+  signal.signal(signal.SIGTERM, lambda *_: None)
   requests, replies = os.dup(0), os.dup(1)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   os.dup2(2, 1)
