@@ -18,7 +18,8 @@ A run is one `rl_reasoning.train`, in DIR/NAME/seedS, its output in DIR/NAME/see
 configs are checked before anything starts. A failed run does not stop the others, only those that need it. The same command again skips
 what is finished and resumes the rest. Ends with DIR/sweep.json, sweep.md and sweep.png (written by --report alone, too).
 
-Exit codes: 0 done, 1 some runs failed, 2 the user's error, 130 interrupted.
+Exit codes: 0 done, 1 some runs failed (a run that is preempted by itself counts as failed), 2 the user's error, 42 preempted (SIGTERM: the
+runs have saved themselves), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import Any
 
 from launch.sweep_entries import Run, Sweep, check_unchanged, finished, read_json, read_sweep, select, write_atomically
 from launch.sweep_report import cores_here, now, report, this_commit, this_hardware
+from rl_reasoning import preemption
 from rl_reasoning.config import ConfigError, check, exit_code
 
 EXIT_CODES = {2: "the user's error", 3: 'diverged', 42: 'saved and preempted', 130: 'interrupted'}
@@ -219,6 +221,6 @@ def interrupt(*_: Any) -> None:
 
 
 if __name__ == '__main__':
-  signal.signal(signal.SIGTERM, interrupt)
+  signal.signal(signal.SIGTERM, preemption.leave)
   signal.signal(signal.SIGINT, interrupt)  # a shell starts what it puts in the background with Ctrl-C ignored
   sys.exit(main(sys.argv[1:]))

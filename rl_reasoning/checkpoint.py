@@ -22,7 +22,8 @@ from etils import epath
 from rl_reasoning.config import Checkpoint, ConfigError, check, digest, one_line
 from rl_reasoning.structs import PyTree, TrainState
 
-logging.getLogger('absl').setLevel(logging.CRITICAL)  # orbax tells of every save, and logs the traceback of what it raises
+for logger in ('absl', 'asyncio'):  # orbax tells of every save, and both log the traceback of what is raised
+  logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
 @jax.jit
@@ -74,7 +75,7 @@ def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.Checkp
 
 @contextlib.contextmanager
 def saving(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
-  """Raises ConfigError where the disk is full while `step` is saved; the checkpoints before it stay."""
+  """Raises ConfigError where the disk is full while `step` is saved; the checkpoints before it stay. The manager cannot save any more."""
   try:
     yield
   except Exception as error:
@@ -119,8 +120,11 @@ def opened(workdir: str, settings: Checkpoint) -> Iterator[ocp.CheckpointManager
   try:
     yield manager
   finally:
-    wait(manager)
-    manager.close()
+    try:
+      wait(manager)
+    finally:
+      with contextlib.suppress(Exception):  # it raises once more what `wait` or `save` has told
+        manager.close()
 
 
 def read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:

@@ -279,15 +279,18 @@ def test_full_disk(left, small_disk):
 
   manager, filler = checkpoint.open_manager(str(small_disk), KEEP), small_disk / 'filler'
   checkpoint.save(manager, state(1))
+  checkpoint.wait(manager)
   with filler.open('wb') as file:
     space = os.statvfs(small_disk)
     os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_bsize - left // space.f_bsize * space.f_bsize)
-  with pytest.raises(ConfigError, match=re.escape(f'no space left on {small_disk}/checkpoints while saving step 2')) as caught:
+  with (
+    pytest.raises(ConfigError, match=re.escape(f'no space left on {small_disk}/checkpoints while saving step 2')) as caught,
+    checkpoint.opened(str(small_disk), KEEP) as manager,
+  ):
     checkpoint.save(manager, state(2))
-    checkpoint.wait(manager)
   assert 'the last good checkpoint is that of step 1' in str(caught.value) and '\n' not in str(caught.value)
-  for reader in (manager, checkpoint.open_manager(str(small_disk), KEEP)):
-    assert_same_state(checkpoint.restore(reader, state(0)), state(1))
+  manager = checkpoint.open_manager(str(small_disk), KEEP)
+  assert_same_state(checkpoint.restore(manager, state(0)), state(1))
   filler.unlink()
   for step in (2, 3):
     checkpoint.save(manager, state(step))
@@ -346,6 +349,6 @@ def test_last_good_checkpoint(tmp_path, monkeypatch):
       with pytest.raises(ConfigError, match='saving step 2; the last good checkpoint is that of step 1'):
         told(manager)
     assert manager.latest_step() == 1 and [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['1']
-  checkpoint.save(manager, make_state(2))
-  checkpoint.wait(manager)
-  assert_same_state(checkpoint.restore(manager, make_state(0)), make_state(2))
+  with checkpoint.opened(str(tmp_path), Checkpoint(keep=1)) as manager:
+    checkpoint.save(manager, make_state(2))
+  assert_same_state(checkpoint.restore(checkpoint.open_manager(str(tmp_path)), make_state(0)), make_state(2))
