@@ -1,13 +1,14 @@
 """Rollouts: what a token depends on, where a completion ends, and that the sampler's log-probabilities are the trainer's."""
 
 import dataclasses
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl_reasoning import collect, config, model, rollout, sharding, stored
+from rl_reasoning import collect, config, model, preemption, rollout, sharding, stored
 
 ARCH = model.Arch(40, 16, 24, 2, 8, 4, 4, qkv_bias=True)
 END = (0, 17, 29)  # 0 is also what fills a row after its end: pad == eos must not matter
@@ -99,6 +100,35 @@ def test_batch_composition(params, prompts, rolled):
 def test_cache_chunk(params, prompts, rolled, chunk):
   """Failure: growing the cache moves or loses entries."""
   assert_same(generate(params, prompts, dataclasses.replace(SETTINGS, chunk=chunk)), rolled)
+
+
+@pytest.mark.parametrize('pace', [1, 5])
+def test_pace(params, prompts, rolled, monkeypatch, pace):
+  """Failure: tokens depend on how many of them a decode call samples, or each number of them is a program to compile."""
+  calls, decode = [], rollout.decode
+  monkeypatch.setattr(rollout, 'PACE', pace)
+  monkeypatch.setattr(rollout, 'decode', lambda *arguments: calls.append(1) or decode(*arguments))
+  programs = decode._cache_size()
+  got = generate(params, prompts)
+  jax.tree.map(np.testing.assert_array_equal, got, rolled)
+  assert decode._cache_size() == programs and len(calls) >= 19 / pace
+
+
+def test_preempted(params, prompts, monkeypatch):
+  """Failure: a rollout runs to its end before SIGTERM is listened to, and past the grace period."""
+  calls, decode = [], rollout.decode
+
+  def decoded(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+      signal.raise_signal(signal.SIGTERM)
+    return decode(*arguments)
+
+  monkeypatch.setattr(rollout, 'PACE', 3)
+  monkeypatch.setattr(rollout, 'decode', decoded)
+  with pytest.raises(preemption.Preempted), preemption.watched():
+    generate(params, prompts)
+  assert len(calls) == 2
 
 
 def test_shared_prefill(params, prompts, rolled, monkeypatch):

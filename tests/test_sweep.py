@@ -6,12 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from scipy import stats
 
 from launch import sweep, sweep_entries, sweep_report
+from rl_reasoning import preemption
 from rl_reasoning.config import ConfigError, product
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -264,6 +266,28 @@ def test_interruption_stops_the_runs(file, tmp_path, programs, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     run_all(file(FOUR), tmp_path / 'w', jobs=2)
   assert [process.returncode for process in processes] == [-15, -9]
+
+
+def test_preempted(file, tmp_path, programs, monkeypatch, capsys):
+  """Failure: SIGTERM ends the sweep before its runs have saved themselves, or its exit code does not tell a scheduler to start it again."""
+  ready, saved, sleep = tmp_path / 'ready', tmp_path / 'saved', time.sleep
+  programs['base seed 0'] = (
+    'import signal, sys, time\n'
+    f'def save(*_):\n  time.sleep(0.5); open({str(saved)!r}, "w"); sys.exit(42)\n'
+    f'signal.signal(15, save); open({str(ready)!r}, "w"); time.sleep(60)'
+  )
+
+  def told(seconds):
+    sleep(seconds)
+    if ready.exists():
+      monkeypatch.setattr(time, 'sleep', sleep)
+      preemption.leave()
+
+  monkeypatch.setattr(time, 'sleep', told)
+  monkeypatch.setattr(sweep, 'check_configs', lambda *arguments: None)
+  monkeypatch.setattr(preemption, 'told', threading.Event())
+  assert sweep.main([f'--config={file(FOUR)}', f'--workdir={tmp_path / "w"}', '--seeds=0', '--only=base']) == 42
+  assert saved.exists() and 'preempted; the same command goes on' in capsys.readouterr().err
 
 
 def test_one_sweep_at_a_time(file, tmp_path, programs):
