@@ -11,9 +11,10 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 EXIT_CODE = 42
-told, watching = threading.Event(), threading.Event()
+flags = SimpleNamespace(told=False, watching=False)  # plain values: a handler that takes a lock can meet itself
 
 
 class Preempted(KeyboardInterrupt):
@@ -22,8 +23,8 @@ class Preempted(KeyboardInterrupt):
 
 def leave(*_: object) -> None:
   """The handler outside `watched`. Once: whoever is leaving is not torn out of that by a second signal."""
-  if not told.is_set():
-    told.set()
+  if not flags.told:
+    flags.told = True
     raise Preempted('preempted')
 
 
@@ -37,34 +38,35 @@ def watched() -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  told.clear()
-  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-  watching.set()
+  flags.told = False
+  before = signal.signal(signal.SIGTERM, lambda *_: setattr(flags, 'told', True))
+  flags.watching = True
   try:
     yield
   finally:
-    watching.clear()
+    flags.watching = False
     signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-  if told.is_set():
-    told.clear()
+  if flags.told:
+    flags.told = False
     signal.raise_signal(signal.SIGTERM)
 
 
 def requested() -> bool:
   """Whether SIGTERM has come to this process, or to another one of the job: a collective where there are several, so that all of them must
   ask at the same places, and then all get the same answer. False outside `watched`."""
-  if not watching.is_set():
+  if not flags.watching:
     return False
   import jax
 
   if jax.process_count() == 1:
-    return told.is_set()
+    return flags.told
   from jax.experimental import multihost_utils
 
-  return bool(multihost_utils.process_allgather(told.is_set()).any())
+  return bool(multihost_utils.process_allgather(flags.told).any())
 
 
 def check() -> None:
   """Raises Preempted if so `requested`."""
   if requested():
+    flags.told = True  # here too, where another process has been told: a signal that follows is no news
     raise Preempted('preempted')

@@ -30,10 +30,10 @@ def terminate(*_) -> None:
 def handler():
   """As in a command line; and nothing of it is left to other tests."""
   before = signal.signal(signal.SIGTERM, preemption.leave)
-  preemption.told.clear()
+  preemption.flags.told = False
   yield
   signal.signal(signal.SIGTERM, before)
-  preemption.told.clear()
+  preemption.flags.told = False
 
 
 def test_signal():
@@ -46,12 +46,12 @@ def test_signal():
     preemption.check()
   assert not preemption.requested() and signal.getsignal(signal.SIGTERM) is preemption.leave
   terminate()  # while it leaves
-  preemption.told.clear()
+  preemption.flags.told = False
   with pytest.raises(Preempted):  # nobody has asked: the handler before has it
     with preemption.watched():
       terminate()
     time.sleep(1)
-  preemption.told.clear()
+  preemption.flags.told = False
   with pytest.raises(Preempted):
     terminate()
     time.sleep(1)
@@ -99,7 +99,7 @@ def cut(chosen: dict, workdir, module, name, when) -> tuple[str, set[str]]:
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted) as caught:
     once(patch, module, name, when)
     run(chosen, workdir)
-  preemption.told.clear()
+  preemption.flags.told = False
   inner = caught.value.__context__
   assert inner is not None
   return str(caught.value), {frame.name for frame in traceback.extract_tb(inner.__traceback__)}
@@ -173,11 +173,11 @@ def get_config():
     once(patch, metrics, 'merge', nth(2))
     assert pipeline.main(argv) == 42
   assert 'preempted: step 2 of 3 is saved' in capsys.readouterr().err and not (tmp_path / 'w' / 'two').exists()
-  preemption.told.clear()
+  preemption.flags.told = False
   with pytest.MonkeyPatch.context() as patch:  # outside of a stage
     once(patch, pipeline, 'summarise', nth(1))
     assert pipeline.main(argv) == 42
-  preemption.told.clear()
+  preemption.flags.told = False
   assert pipeline.main(argv) == 0
   assert [entry['step'] for entry in logged(tmp_path / 'w' / 'one')] == [
     1,
@@ -228,7 +228,7 @@ with preemption.watched():
       break
     time.sleep(0.01)
   print(count, flush=True)
-  preemption.told.clear()
+  preemption.flags.told = False
 jax.distributed.shutdown()
 """
 

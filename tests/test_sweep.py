@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -285,7 +284,7 @@ def test_preempted(file, tmp_path, programs, monkeypatch, capsys):
 
   monkeypatch.setattr(time, 'sleep', told)
   monkeypatch.setattr(sweep, 'check_configs', lambda *arguments: None)
-  monkeypatch.setattr(preemption, 'told', threading.Event())
+  monkeypatch.setattr(preemption.flags, 'told', False)
   assert sweep.main([f'--config={file(FOUR)}', f'--workdir={tmp_path / "w"}', '--seeds=0', '--only=base']) == 42
   assert saved.exists() and 'preempted; the same command goes on' in capsys.readouterr().err
 

@@ -205,10 +205,10 @@ def test_killed_from_outside(make):
 def test_signal_to_all_processes(make):
   """Failure: a scheduler's SIGTERM, which comes to every process of a job, ends workers whose verdicts the parent still wants to have."""
   workers = make(size=1)
-  (pid,) = values(workers.map('tests.test_worker:process', [{}], 5.0))
+  (pid,) = values(workers.map(f'{HERE}:process', [{}], 5.0))
   threading.Timer(0.5, os.kill, (pid, signal.SIGTERM)).start()
-  assert values(workers.map('tests.test_worker:later', [{'seconds': 1.0, 'value': 7}], 30.0)) == [7]
-  assert values(workers.map('tests.test_worker:process', [{}], 5.0)) == [pid]
+  assert values(workers.map(f'{HERE}:later', [{'seconds': 1.0, 'value': 7}], 30.0)) == [7]
+  assert values(workers.map(f'{HERE}:process', [{}], 5.0)) == [pid]
 
 
 def test_output_of_a_job(make, capfd):
