@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 
+import jax
 import numpy as np
 import pytest
 
@@ -200,17 +201,17 @@ def start(arguments: list[str], devices: int = 1, **others) -> subprocess.Popen:
 
 def test_process(cache, tmp_path):
   """Failure: the command line does not listen to a scheduler, or what it leaves cannot be gone on from."""
-  more = '--config.total_steps=60', '--config.checkpoint.every=1000'
-  assert start(command('sft', tmp_path / 'whole', cache, *more)).wait() == 0
-  process = start(command('sft', tmp_path / 'cut', cache, *more), stderr=subprocess.PIPE)
+  arguments = command('sft', tmp_path / 'cut', cache, '--config.total_steps=40', '--config.checkpoint.every=1000')
+  run(settings('sft', cache, total_steps=40, checkpoint__every=1000), tmp_path / 'whole')
+  process = start(arguments, jax.device_count(), stderr=subprocess.PIPE)
   while len(logged(tmp_path / 'cut')) < 5:
     assert process.poll() is None
     time.sleep(0.005)
   process.terminate()
   assert process.wait(60) == 42
   step = checkpoint.open_manager(str(tmp_path / 'cut')).latest_step()
-  assert step == logged(tmp_path / 'cut')[-1]['step'] and f'preempted: step {step} of 60 is saved' in process.stderr.read()
-  assert start(command('sft', tmp_path / 'cut', cache, *more)).wait() == 0
+  assert step == logged(tmp_path / 'cut')[-1]['step'] and f'preempted: step {step} of 40 is saved' in process.stderr.read()
+  assert start(arguments, jax.device_count()).wait() == 0
   assert_same(everything(tmp_path / 'cut'), everything(tmp_path / 'whole'))
 
 
