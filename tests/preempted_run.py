@@ -1,9 +1,9 @@
 """rl_reasoning.train that sends itself SIGTERM at a moment within a phase, and says when:
 
-  python -m tests.preempted_run PHASE OCCURRENCE FRACTION SAID.json --config=... --workdir=...
+  python -m tests.preempted_run PHASE OCCURRENCE SECONDS SAID.json --config=... --workdir=...
 
-PHASE: rollout, update, evaluation or checkpoint. The signal comes in its OCCURRENCE-th pass, after FRACTION of the time that the shortest
-pass before took, at the latest at its end. The end of `checkpoint` is that of `checkpoint.save`, when the files are written on behind.
+PHASE: rollout, update, evaluation or checkpoint. The signal comes in its OCCURRENCE-th pass, after SECONDS, at the latest at its end. The end
+of `checkpoint` is that of `checkpoint.save`, when the files are written on behind.
 """
 
 import contextlib
@@ -19,11 +19,10 @@ from rl_reasoning import checkpoint, evaluators, metrics, preemption, train
 
 
 class Passes:
-  """Of the phase that is waited for: how long they took, and the signal in one of them."""
+  """Of the phase that is waited for, and the signal in one of them."""
 
-  def __init__(self, phase: str, occurrence: int, fraction: float, said: pathlib.Path):
-    self.phase, self.occurrence, self.fraction, self.said = phase, occurrence, fraction, said
-    self.took: list[float] = []
+  def __init__(self, phase: str, occurrence: int, seconds: float, said: pathlib.Path):
+    self.phase, self.left, self.seconds, self.said = phase, occurrence, seconds, said
     self.lock = threading.Lock()
 
   def fire(self) -> None:
@@ -37,9 +36,10 @@ class Passes:
     if phase != self.phase:
       yield
       return
-    self.began, now = time.perf_counter(), len(self.took) + 1 == self.occurrence
+    self.began, self.left = time.perf_counter(), self.left - 1
+    now = self.left == 0
     if now:
-      timer = threading.Timer(self.fraction * min(self.took), self.fire)
+      timer = threading.Timer(self.seconds, self.fire)
       timer.daemon = True
       timer.start()
     try:
@@ -47,7 +47,6 @@ class Passes:
     finally:
       if now:
         self.fire()
-      self.took.append(time.perf_counter() - self.began)
 
 
 def marked(passes: Passes, phase: str, function):
@@ -59,8 +58,8 @@ def marked(passes: Passes, phase: str, function):
 
 
 def main() -> int:
-  phase, occurrence, fraction, said = sys.argv[1:5]
-  passes = Passes(phase, int(occurrence), float(fraction), pathlib.Path(said))
+  phase, occurrence, seconds, said = sys.argv[1:5]
+  passes = Passes(phase, int(occurrence), float(seconds), pathlib.Path(said))
   timed = metrics.PhaseTimer.__call__
 
   @contextlib.contextmanager

@@ -249,44 +249,46 @@ def test_processes_agree():
   assert [process.communicate(timeout=120)[0].split()[-1] for process in processes] == ['3', '3']
 
 
-# Rollouts, updates and evaluations of tenths of a second: long enough to be cut.
 LONG = (
-  '--config.total_steps=8', '--config.checkpoint.every=2', '--config.eval.every=2', '--config.eval.size=32', '--config.eval.batch_size=16',
-  "--config.eval.evaluators={'greedy': {}}", '--config.rollout.max_completion_length=256', '--config.objective.num_minibatches=4',
-  '--config.objective.num_iterations=4', '--config.log_every=1',
+  '--config.total_steps=12', '--config.checkpoint.every=3', '--config.eval.every=2', '--config.eval.size=32', '--config.eval.batch_size=16',
+  "--config.eval.evaluators={'greedy': {}}", '--config.rollout.max_completion_length=96', '--config.objective.num_minibatches=2',
 )  # fmt: skip
+OCCURRENCE = {'rollout': 2, 'update': 2, 'evaluation': 2, 'checkpoint': 1}  # the first one compiles
 GRACE_S = 20
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(cache, tmp_path_factory):
+  """(workdir, seconds that a phase takes)."""
   workdir = tmp_path_factory.mktemp('uninterrupted')
   assert start(command('grpo', workdir, cache, *LONG)).wait() == 0
-  return workdir
+  entries = metrics.read_jsonl(workdir / 'metrics.jsonl')
+  spans = {phase: min(entry[f'time/{phase}'] for entry in entries) for phase in ('rollout', 'update')}
+  evaluation = min(json.loads(path.read_text())['seconds'] for path in (workdir / 'samples').glob('*/greedy.json'))
+  return workdir, {**spans, 'evaluation': evaluation, 'checkpoint': 0.3}
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize('phase', ['rollout', 'update', 'evaluation', 'checkpoint'])
-def test_random_moments(phase, cache, uninterrupted, tmp_path):
-  """Failure: after a signal at some moment of a phase (five are tried) the process does not leave in the grace period, or does not leave
-  cleanly, or the run that goes on is another run."""
-  for attempt in range(5):
-    rng, said, workdir = random.Random(f'{phase}{attempt}'), tmp_path / f'said{attempt}.json', tmp_path / f'run{attempt}'
-    occurrence = rng.randint(*{'evaluation': (2, 5), 'checkpoint': (2, 4)}.get(phase, (3, 8)))
-    fraction, arguments = rng.random(), command('grpo', workdir, cache, *LONG)
-    place = [phase, str(occurrence), str(fraction), str(said)]
+@pytest.mark.parametrize('chain', range(5))
+def test_random_moments(chain, cache, uninterrupted, tmp_path):
+  """Failure: after a signal at some moment of a phase (a run has one in each, in some order, and goes on after it) the process does not leave
+  in the grace period, or does not leave cleanly, or the run that goes on is another run."""
+  rng, arguments, (whole, spans) = random.Random(chain), command('grpo', tmp_path / 'run', cache, *LONG), uninterrupted
+  for phase in rng.sample(sorted(OCCURRENCE), 4):
+    said, moment = tmp_path / f'{phase}.json', rng.random() * spans[phase]
+    place = [phase, str(OCCURRENCE[phase]), str(moment), str(said)]
     process = start([sys.executable, '-m', 'tests.preempted_run', *place, *arguments[3:]], stderr=subprocess.PIPE)
     text = process.communicate()[1]
     ended = time.time()
     assert process.returncode == 42, text
     signalled = json.loads(said.read_text())
-    seconds, step = ended - signalled['signal'], checkpoint.open_manager(str(workdir)).latest_step()
-    print(f'{phase} {occurrence}, {signalled["after_s"]:.3f} s into it: left {seconds:.2f} s after the signal, at step {step}')
+    seconds, step = ended - signalled['signal'], checkpoint.open_manager(str(tmp_path / 'run')).latest_step()
+    print(json.dumps({'chain': chain, 'phase': phase, 'after_s': signalled['after_s'], 'left_s': seconds, 'step': step}))
     assert seconds < GRACE_S
-    assert f'step {step} of 8 is saved' in text and step == logged(workdir)[-1]['step']
-    assert not any(workdir.rglob('*orbax-checkpoint-tmp*'))
-    assert start(arguments).wait() == 0
-    assert_same(everything(workdir), everything(uninterrupted))
+    assert f'step {step} of 12 is saved' in text and step == logged(tmp_path / 'run')[-1]['step']
+    assert not any(tmp_path.rglob('*orbax-checkpoint-tmp*'))
+  assert start(arguments).wait() == 0
+  assert_same(everything(tmp_path / 'run'), everything(whole))
 
 
 @pytest.mark.prove
