@@ -2,8 +2,8 @@
 
   python -m tests.preempted_run PHASE OCCURRENCE SECONDS SAID.json --config=... --workdir=...
 
-PHASE: rollout, update, evaluation or checkpoint. The signal comes in its OCCURRENCE-th pass, after SECONDS, at the latest at its end. The end
-of `checkpoint` is that of `checkpoint.save`, when the files are written on behind.
+PHASE: rollout, update, evaluation or checkpoint. The signal comes in its OCCURRENCE-th pass, after SECONDS, at the latest at its end. That
+of `checkpoint` is the end of `checkpoint.save`, when the files are written on behind.
 """
 
 import contextlib

@@ -271,8 +271,8 @@ def uninterrupted(cache, tmp_path_factory):
 @pytest.mark.prove
 @pytest.mark.parametrize('chain', range(5))
 def test_random_moments(chain, cache, uninterrupted, tmp_path):
-  """Failure: after a signal at some moment of a phase (a run has one in each, in some order, and goes on after it) the process does not leave
-  in the grace period, or does not leave cleanly, or the run that goes on is another run."""
+  """Failure: after a signal at some moment of a phase (a run has one in each, in some order, and goes on after it) the process does not
+  leave in the grace period, or does not leave cleanly, or the run that goes on is another run."""
   rng, arguments, (whole, spans) = random.Random(chain), command('grpo', tmp_path / 'run', cache, *LONG), uninterrupted
   for phase in rng.sample(sorted(OCCURRENCE), 4):
     said, moment = tmp_path / f'{phase}.json', rng.random() * spans[phase]
