@@ -116,7 +116,7 @@ def test_phases(cache, tmp_path):
   begun to update is thrown away, or a rollout or an evaluation runs to its end first."""
   chosen = settings(
     'grpo', cache, total_steps=6, checkpoint__every=4, eval__every=2, eval__size=16, eval__batch_size=8, eval__evaluators={'greedy': {}},
-    data__train_size=48, objective__num_minibatches=2, objective__num_generations=4,
+    data__train_size=48, objective__num_minibatches=2, objective__num_generations=4, model__arch={'num_hidden_layers': 1},
   )  # fmt: skip
   whole, workdir = tmp_path / 'whole', tmp_path / 'cut'
   run(chosen, whole)
@@ -153,7 +153,8 @@ def test_phases(cache, tmp_path):
 def test_weights_beyond_numbers_are_not_saved(cache, tmp_path, capsys):
   """Failure: the step that a preempted run saves has weights that are no numbers, and every start after it ends in divergence."""
   argv = ['--config=configs/tiny.py:objective=sft', f'--workdir={tmp_path / "run"}', f'--config.data.cache_dir={cache}',
-          '--config.optim.name=sgd', '--config.optim.learning_rate=1e30', '--config.optim.grad_clip=0']  # fmt: skip
+          '--config.optim.name=sgd', '--config.optim.learning_rate=1e30', '--config.optim.grad_clip=0',
+          "--config.model.arch={'num_hidden_layers': 1}"]  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
     once(patch, metrics, 'merge', nth(1))
     assert train.main(argv) == 3
@@ -165,8 +166,9 @@ def test_pipeline(cache, tmp_path, capsys):
   """Failure: a pipeline goes on with the next stage after the signal, gives another exit code, or begins the stage anew."""
   (tmp_path / 'stages.py').write_text(f"""
 from rl_reasoning.config import merge, read_file
+SMALL = {{'total_steps': 3, 'data': {{'cache_dir': {cache!r}}}, 'model': {{'arch': {{'num_hidden_layers': 1}}}}}}
 def get_config():
-  base = merge(read_file('configs/tiny.py:objective=sft'), {{'total_steps': 3, 'data': {{'cache_dir': {cache!r}}}}})
+  base = merge(read_file('configs/tiny.py:objective=sft'), SMALL)
   return {{'stages': {{'one': base, 'two': {{**base, 'total_steps': 1}}}}}}
 """)
   argv = [f'--config={tmp_path}/stages.py', f'--workdir={tmp_path}/w']
