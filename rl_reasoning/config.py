@@ -215,6 +215,7 @@ class MeshSizes:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  sequence: int = 1  # so many ways the tokens of a row lie, for long completions; in rollouts rows go over it
   expert: int = 1  # of mixtures of experts: so many ways the experts lie; rows go over it, too
 
 

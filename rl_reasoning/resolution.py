@@ -237,15 +237,26 @@ def check_splits(config: Config, objective) -> None:
 def check_sizes(config: Config, objective, mesh: Mesh) -> None:
   """Every split is even and divides over the mesh, too."""
   check_splits(config, objective)
-  devices = sharding.axis_size(mesh, 'rows')
-  where = f'over the {devices} row shards of mesh {dict(mesh.shape)}'
-  prompts, size = config.data.batch_size, config.eval.batch_size
-  check(prompts % devices == 0, f"config key 'data.batch_size': {prompts} does not divide {where}")
-  check(not config.eval.every or size % devices == 0, f"config key 'eval.batch_size': {size} does not divide {where}")
-  update, unit = prompts * objective.update_rows // objective.num_minibatches, devices * objective.rows_together
-  check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where}")
+
+  def where(axis: str) -> str:
+    return f'over the {sharding.axis_size(mesh, axis)} row shards of mesh {dict(mesh.shape)}'
+
+  prompts, size, ways = config.data.batch_size, config.eval.batch_size, mesh.shape['sequence']
+  check(8 % ways == 0, f"config key 'mesh.sequence': {ways}, but padded lengths are multiples of 8")
+  rows, rolls = 'rollout_rows' if 'rollout' in objective.sources else 'rows', sharding.axis_size(mesh, 'rollout_rows')
+  check(prompts % sharding.axis_size(mesh, rows) == 0, f"config key 'data.batch_size': {prompts} does not divide {where(rows)}")
+  check(
+    not config.eval.every or size % rolls == 0, f"config key 'eval.batch_size': {size} does not divide {where('rollout_rows')}"
+  )
+  update, unit = prompts * objective.update_rows // objective.num_minibatches, row_unit(mesh, objective)
+  check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where('rows')}")
   micro = config.optim.micro_batch or update
-  check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where}")
+  check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where('rows')}")
+
+
+def row_unit(mesh: Mesh, objective) -> int:
+  """The fewest rows that divide over the mesh."""
+  return sharding.axis_size(mesh, 'rows') * objective.rows_together
 
 
 def batch_sizes(config: Config, objective) -> dict[str, int]:
@@ -415,8 +426,8 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   }
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   try:
-    return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None

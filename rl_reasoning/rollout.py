@@ -67,17 +67,25 @@ def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Ar
   return jax.vmap(lambda b: jax.vmap(lambda g: row(b, g))(jnp.arange(group)))(prompt_ids_B)
 
 
+def cache_axes(x: Array) -> tuple[str | None, ...]:
+  """Logical axes of the keys or values of prompts [B, K, ...] or of completions [B, G, K, ...]."""
+  return ('rollout_rows', *(None,) * (x.ndim - 4), sharding.kv_axis(x.shape[-3]), None, None)
+
+
 @functools.partial(jax.jit, static_argnames=('decoder',))
 def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array, u_BGC: Array) -> tuple[tuple, Decoding]:
   """Prompt cache per layer, and the first sampled token of each row."""
   arch, (B, G, C) = decoder.arch, u_BGC.shape
   position = jnp.maximum(jnp.cumsum(valid_BP, axis=1) - 1, 0)
   hidden, kept = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
-  k, v = kept.cache  # [L, B, P, K, H]
+  k, v = jax.tree.map(lambda x: sharding.constrain(x, None, 'rows', None, sharding.kv_axis(x.shape[3]), None), kept.cache)
   cache = tuple(
     (k[i].transpose(0, 2, 3, 1), None if v is None else v[i].transpose(0, 2, 1, 3)) for i in range(arch.num_hidden_layers)
   )
-  logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params), arch.final_logit_softcapping), 'rows', None)
+  cache = jax.tree.map(lambda x: sharding.constrain(x, *cache_axes(x)), cache)
+  last = sharding.constrain(hidden[:, -1], 'rollout_rows', None)
+  logits = model.logits(last, sharding.whole_embed(model.head(params), ('vocab', 'embed')), arch.final_logit_softcapping)
+  logits = sharding.constrain(logits, 'rollout_rows', 'vocab')
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
   kv = (B, G, k.shape[3])
   empty = (
@@ -149,7 +157,7 @@ def grow(cache: tuple, size: int) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnames=('decoder',), donate_argnames=('state',))
-def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, u_BGC: Array, state: Decoding, until: int,
+def decode(outer: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, u_BGC: Array, state: Decoding, until: int,
            decoder: Decoder) -> Decoding:  # fmt: skip
   """Samples until there are `until` tokens, the cache is full or every row is done. Layers are unrolled: a cache carried through a scan
   over layers is 2.2 times slower on CPU."""
@@ -163,14 +171,14 @@ def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, 
     position = jnp.broadcast_to((length_B + t - 1)[:, None], token.shape)
     turns = {kind: rope.angles(arch, position, kind) for kind in {kind.rope for kind in kinds}}
     biases = {window: cache_bias(valid_BP, S, t, window) for window in {kind.window for kind in kinds}}
-    x, cache, every = model.embed(params, arch, token, decoder.dtype), [], []
+    x, cache, every = model.scaled(arch, outer['embed'][token]), [], []
     for w, kind, prompt_kv, own_kv in zip(layers, kinds, prompt_cache, state.cache, strict=True):
       attend = cached_attention(arch, prompt_kv, own_kv, biases[kind.window], t)
       x, kept, chosen = model.block(arch, w, x, turns[kind.rope], attend, absorbed=True)
       cache.append(kept)
       every += [] if chosen is None else [chosen]
-    x = attention.norm(arch, x, params['final_norm'].astype(x.dtype))
-    logits = sharding.constrain(model.logits(x, model.head(params), arch.final_logit_softcapping), 'rows', None, None)
+    x = attention.norm(arch, x, outer['final_norm'])
+    logits = sharding.constrain(model.logits(x, model.head(outer), arch.final_logit_softcapping), 'rollout_rows', None, 'vocab')
     token, logp = decoder.pick(logits, jax.lax.dynamic_index_in_dim(u_BGC, t, axis=2, keepdims=False))
     token, logp = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logp)
     kept = state.chosen
@@ -223,13 +231,13 @@ def decoding(
   decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group, records)
   prompt_cache, state = prefill(params, decoder, tokens_BP, valid_BP, u_BGC)
   yield state
-  layers = model.decode_weights(params, arch, dtype, fuse)
+  weights = model.decode_weights(params, arch, dtype, fuse)
   size, full = settings.chunk, 0
   while (t := int(state.t)) < C and not bool(jnp.all(state.done)):
     if t > full:
       full, size = min(size, C), 2 * size
       state = state._replace(cache=grow(state.cache, full))
-    state = decode(params, layers, prompt_cache, valid_BP, u_BGC, state, t + pace if pace else C, decoder)
+    state = decode(*weights, prompt_cache, valid_BP, u_BGC, state, t + pace if pace else C, decoder)
     yield state
 
 

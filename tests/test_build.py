@@ -155,7 +155,7 @@ OTHER = {
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
   'optim.grad_clip': 0.5, 'optim.micro_batch': 8, 'optim.router_replay': True, 'optim.router_bias_rate': 0.01,
   'lora.alpha': 5.0, 'lora.targets': '.*/(q|o)',
-  'mesh.fsdp': 2, 'mesh.tensor': 2,
+  'mesh.fsdp': 2, 'mesh.tensor': 2, 'mesh.sequence': 2,
   'eval.seed': 1, 'eval.size': 8, 'eval.batch_size': 8, 'eval.at_start': False, 'eval.evaluators': {'e': {}},
   'eval.evaluators.e.prefix': '<think>', 'eval.evaluators.e.num_samples': 3, 'eval.evaluators.e.temperature': 0.5,
   'eval.evaluators.e.top_k': 5, 'eval.evaluators.e.top_p': 0.5, 'eval.evaluators.e.min_p': 0.1,
