@@ -222,7 +222,7 @@ def text_of(found: Mapping[str, Any]) -> str:
     'tok/s/dev',
     'MFU',
   )
-  rows = [head]
+  rows: list[tuple[str, ...]] = [head]
   for p in found['phases']:
     m = {k: f'{v / GIB:.2f}' for k, v in p['memory'].items()}
     kinds = [m['params'], m['optimizer'], m['frozen'], m['cache'], m['rows and weights for decode'], m.get('temporaries', '')]

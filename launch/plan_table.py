@@ -1,8 +1,8 @@
 """The plans that the README shows: published models on TPU slices, one after the other.
 
-  python -m launch.plan_table --json=FILE [--only=NAME,NAME]
+  python -m launch.plan_table --json=FILE [--only=NAME|NAME]
 
-Plans that FILE holds already, of the same code and libraries, are not made again (launch/plan.py keeps them).
+What FILE holds of others stays.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 
-from launch import plan
-from rl_reasoning import config as config_lib
-from rl_reasoning.config import Parser, check
+from rl_reasoning.config import Parser, check, exit_code
 
 MATH = 'configs/grpo_math.py:'
 PLANS = {  # name -> (config, topology, slices)
@@ -55,31 +54,31 @@ def table(found: dict[str, dict]) -> str:
   return '\n'.join(lines)
 
 
+def planned(spec: str, topology: str, slices: int) -> dict:
+  """The plan of a process of its own: a compiler that crashes takes nobody with it."""
+  argv = ['-m', 'launch.plan', f'--config={spec}', f'--topology={topology}', *([f'--slices={slices}'] if slices > 1 else [])]
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'plan.json'
+    code = subprocess.run([sys.executable, *argv, f'--json={path}']).returncode
+    check(code in (0, 1), f'python {" ".join(argv)} ended with {code}')
+    return {**json.loads(path.read_text()), 'command': ' '.join(['python', *argv]), 'commit': commit()}
+
+
 def command(argv: list[str]) -> None:
   parser = Parser(prog='launch.plan_table')
   parser.add_argument('--json', required=True)
-  parser.add_argument('--only', default=','.join(PLANS), help='names, by | where a name has a comma')
+  parser.add_argument('--only', help='names, with | between them')
   flags = parser.parse_args(argv)
   path = pathlib.Path(flags.json)
-  held = json.loads(path.read_text()) if path.exists() else {'plans': {}}
-  chosen = list(PLANS) if flags.only == ','.join(PLANS) else flags.only.split('|')
-  for name in chosen:
+  plans = json.loads(path.read_text())['plans'] if path.exists() else {}
+  for name in flags.only.split('|') if flags.only else PLANS:
     check(name in PLANS, f'--only={name}: none of {", ".join(PLANS)}')
-    spec, topology, slices = PLANS[name]
-    settings = config_lib.read_file(spec)
-    found = plan.plan(config_lib.resolve(settings), set(config_lib.flatten(settings)), topology, slices)
-    more = f' --slices={slices}' if slices > 1 else ''
-    held['plans'][name] = {
-      **found,
-      'command': f'python -m launch.plan --config={spec} --topology={topology}{more}',
-      'commit': commit(),
-    }
-    held['plans'] = {name: held['plans'][name] for name in PLANS if name in held['plans']}
-    held |= {'note': 'Predicted, not measured: memory is what the TPU compiler says, times are those of a roofline.'}
-    path.write_text(json.dumps(held, indent=1))
-    print(name, plan.text_of(found), sep='\n', end='\n\n', flush=True)
-  print(table(held['plans']))
+    plans[name] = planned(*PLANS[name])
+    plans = {name: plans[name] for name in PLANS if name in plans}
+    note = 'Predicted, not measured: memory is what the TPU compiler says, times are those of a roofline.'
+    path.write_text(json.dumps({'note': note, 'plans': plans}, indent=1))
+  print(table(plans))
 
 
 if __name__ == '__main__':
-  sys.exit(config_lib.exit_code(command, sys.argv[1:]))
+  sys.exit(exit_code(command, sys.argv[1:]))
