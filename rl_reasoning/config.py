@@ -71,6 +71,9 @@ class Model:
   arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of model.Arch that differ from the preset
   dtype: str = 'float32'  # compute; parameters and optimizer are float32
   remat: str = 'none'  # none | dots | full: what the backward pass recomputes
+  # auto | xla | splash (kernels of TPUs; on CPUs interpreted, for tests) | cudnn (GPUs, bfloat16). auto: what the mesh's devices have, and
+  # XLA's code where their kernel does not fit the model
+  attention: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +293,7 @@ NOT_NEGATIVE = [
 CHOICES = {
   'data.curriculum': ('none', 'pass_rate'),
   'data.overlong': ('raise', 'drop', 'truncate_prompt'),
+  'model.attention': ('auto', 'xla', 'splash', 'cudnn'),
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'rewards.on_error': ('raise', 'none'),

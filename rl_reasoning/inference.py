@@ -74,9 +74,9 @@ from rl_reasoning.tokenizer import THINK_INSTRUCTION, Tokenizer, after_thinking,
 
 # Keys that act, as prefixes, and those that do where there are worked examples.
 READ = (
-  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options',
-  'data.mixture', 'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'mesh', 'eval.size',
-  'eval.batch_size', 'eval.seed',
+  'model.dtype', 'model.attention', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task',
+  'data.path', 'data.options', 'data.mixture', 'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length',
+  'rollout.chunk', 'rollout.cache_dtype', 'mesh', 'eval.size', 'eval.batch_size', 'eval.seed',
 )  # fmt: skip
 EXAMPLES = ('seed', 'data.train_size')
 FILES = ('scale_config.json', 'scale.json', 'scale.md', 'scale.png')

@@ -215,9 +215,9 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
   """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
   layers, kinds, counts = layers or range(arch.num_hidden_layers), arch.kinds, segment_NT > 0
   distinct = sorted({kinds[layer] for layer in layers})
-  contexts = [
-    (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
-  ]
+  windows = sorted({kind.window for kind in distinct})
+  masks = attention.masks(arch, position_NT, segment_NT, windows)
+  contexts = [(masks[windows.index(kind.window)], rope.angles(arch, position_NT, kind.rope)) for kind in distinct]
   context: Any = contexts[0]
   if len(distinct) > 1:
     context = jax.tree.map(lambda *every: jnp.stack(every), *contexts)
@@ -225,8 +225,9 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
   def layer(x, given):
     w, kind, replayed = given
     w = cast(w, dtype)
-    bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
-    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), routing=experts.Routing(replayed, counts))
+    mask, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
+    attend = attention.sequence_attention(arch, segment_NT, windows, mask)
+    x, kept, chosen = block(arch, w, x, turn, attend, routing=experts.Routing(replayed, counts))
     return constrain(x, 'rows', None, None), Kept(kept if keep_cache else None, chosen)
 
   if REMAT[remat] is not None:

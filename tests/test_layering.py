@@ -24,7 +24,7 @@ LEVELS = (
     'api',
     'verify',
   ),
-  ('tasks', 'lora', 'rope', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
+  ('tasks', 'lora', 'rope', 'splash', 'attention', 'experts', 'model', 'data', 'preferences', 'dedup', 'optim'),
   ('presets', 'families', 'tensors', 'weights', 'rollout', 'rule_rewards', 'rewards', 'reward_models', 'objectives'),
   ('train_step', 'stored', 'resolution', 'build', 'collect', 'checkpoint', 'metrics', 'tables'),
   (
