@@ -160,6 +160,9 @@ class Rollout:
   top_p: float = 1.0
   min_p: float = 0.0
   chunk: int = 32  # first size of the completion cache; it doubles as completions grow
+  # auto (model.dtype) | int8 | float8_e4m3fn: what keys and values of prompts and completions are kept in. With one byte a number the
+  # sampler is not quite the policy that the trainer scores: see the metrics of their log-probabilities
+  cache_dtype: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +300,7 @@ CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'rewards.on_error': ('raise', 'none'),
+  'rollout.cache_dtype': ('auto', 'int8', 'float8_e4m3fn'),
   'optim.schedule': ('constant', 'linear', 'cosine'),
 }
 

@@ -202,7 +202,10 @@ def sample_variant(bench: Bench, name: str, method: Method, models: Sequence[str
   run = bench.run._replace(config=own, reward_models=judges)
   evaluator = evaluators.Evaluator(num_samples=method.samples)
   texts, prompts = prompts_of(bench, name, method)
-  settings = Rollout(method.limit(config), method.temperature, method.top_k, method.top_p, method.min_p, config.rollout.chunk)
+  settings = Rollout(
+    method.limit(config), method.temperature, method.top_k, method.top_p, method.min_p, config.rollout.chunk,
+    config.rollout.cache_dtype,
+  )  # fmt: skip
   source, size = Source(run, bench.params, settings, config.eval.seed), config.eval.batch_size
 
   def score(asked: Sequence[tuple[int, Chain]], ids: Sequence[int]) -> list[float]:
