@@ -232,9 +232,9 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
   """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
   layers, kinds, counts = layers or range(arch.num_hidden_layers), arch.kinds, segment_NT > 0
   distinct = sorted({kinds[layer] for layer in layers})
-  contexts = [
-    (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
-  ]
+  windows = sorted({kind.window for kind in distinct})
+  masks = attention.masks(arch, position_NT, segment_NT, windows)
+  contexts = [(masks[windows.index(kind.window)], rope.angles(arch, position_NT, kind.rope)) for kind in distinct]
   context: Any = contexts[0]
   if len(distinct) > 1:
     context = jax.tree.map(lambda *every: jnp.stack(every), *contexts)
@@ -242,11 +242,12 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
   def layer(stack, x, given):
     w, kind, replayed = given
     w = as_computed(arch, stack, w, dtype)
-    bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
+    mask, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
+    attention_of = attention.sequence_attention(arch, segment_NT, windows, mask)
 
     def attend(q, k, v):  # queries stay where their tokens are
       k, v = (constrain(x, 'rows', None, kv_axis(x.shape[2]), None) for x in (k, v))
-      return attention.causal_attention(arch, bias)(q, k, v)
+      return attention_of(q, k, v)
 
     x, kept, chosen = block(arch, w, x, turn, attend, routing=experts.Routing(replayed, counts))
     return constrain(x, 'rows', 'time', None), Kept(kept if keep_cache else None, chosen)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl_reasoning import model, reward_models, rollout, sharding
+from rl_reasoning import kv_cache, model, reward_models, rollout, sharding
 from rl_reasoning.build import Run
 from rl_reasoning.collect import beside, encode, imitated, judging, to_batch
 from rl_reasoning.structs import Batch, PyTree, Rollout, TrainState
@@ -159,9 +159,8 @@ def rollout_phases(run: Run, state: TrainState) -> Iterator[Phase]:
   program = rollout.prefill.trace(params, decoder, *given)
   yield Phase('prefill', program, (params, *given), B * P)
   cache, first = program.out_info
-  cache, own = jax.tree.map(
-    lambda x: placed(x, rollout.cache_axes(x)), (cache, jax.eval_shape(lambda cache: rollout.grow(cache, C), first.cache))
-  )
+  own = jax.eval_shape(lambda cache: rollout.grow(cache, C), first.cache)
+  cache, own = (tuple(kv_cache.with_axes(placed, layer) for layer in layers) for layers in (cache, own))
   program = model.decode_weights.trace(params, arch, config.model.dtype, fuse)
   yield Phase('relayout', program, (params,), 0)
   outer, layers = jax.tree.map(lambda x, axes: placed(x, axes), program.out_info, decode_axes(arch, program.out_info))

@@ -137,7 +137,7 @@ def keys(name: str) -> tuple[dict, set[str]]:
 # Another value for every key that can show in a step's rows and programs.
 OTHER = {
   'seed': 1, 'total_steps': 9,
-  'model.preset': 'nano', 'model.dtype': 'bfloat16', 'model.remat': 'full',
+  'model.preset': 'nano', 'model.dtype': 'bfloat16', 'model.remat': 'full', 'model.attention': 'splash',
   'model.arch.vocab_size': 272, 'model.arch.hidden_size': 32, 'model.arch.intermediate_size': 64, 'model.arch.num_hidden_layers': 1,
   'model.arch.num_attention_heads': 8, 'model.arch.num_key_value_heads': 2, 'model.arch.head_dim': 8, 'model.arch.rope_theta': 500.0,
   'model.arch.rms_norm_eps': 1e-3, 'model.arch.tie_word_embeddings': False, 'model.arch.qkv_bias': True, 'model.arch.qk_norm': True,
@@ -149,7 +149,7 @@ OTHER = {
   'data.mixture.a.task': 'linear', 'data.mixture.a.train_size': 48, 'data.mixture.a.weight': 9.0, 'data.mixture.a.options': {'operands': 2},
   'data.curriculum_floor': 0.5, 'data.curriculum_decay': 0.5,
   'rollout.max_completion_length': 12, 'rollout.temperature': 0.7,
-  'rollout.chunk': 4,
+  'rollout.chunk': 4, 'rollout.cache_dtype': 'int8',
   'rewards.functions': ('format', 'format_tags'), 'rewards.weights': (2.0, 0.25), 'rewards.timeout': 0.0,
   'rewards.options': {'tests.test_build:crash': {'bonus': 1.0}}, 'rewards.only': {'accuracy': ('a',)},
   'optim.name': 'sgd', 'optim.options': {'b1': 0.5}, 'optim.learning_rate': 1e-3, 'optim.schedule': 'cosine', 'optim.warmup_updates': 1,
