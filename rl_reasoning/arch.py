@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 ROPE_TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
 ACTIVATIONS = ('silu', 'gelu_pytorch_tanh')
+ATTENTION = ('xla', 'splash', 'splash_interpret', 'cudnn')
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 OF_EXPERTS = (
   'num_experts_per_tok', 'moe_intermediate_size', 'n_shared_experts', 'first_k_dense_replace', 'norm_topk_prob', 'scoring_func', 'n_group',
@@ -75,6 +76,9 @@ class Arch:
   # What only an export reads: Hugging Face's name of the family ('': the first that fits), and the tokens it takes (0: not known).
   model_type: str = dataclasses.field(default='', compare=False)
   max_position_embeddings: int = dataclasses.field(default=0, compare=False)
+  # Which code computes attention, one of ATTENTION. No part of the weights: a run sets it by the config key model.attention and the devices
+  # of its mesh (see resolution.with_attention), and it lies here because whoever runs a network has the architecture at hand.
+  attn_implementation: str = 'xla'
   rope_scaling: RopeScaling = RopeScaling()
   partial_rotary_factor: float = 1.0  # Phi-4 mini: only the first part of a head turns
   local_rope_theta: float = 0.0  # Gemma 3: that of the layers with a window, without scaling; 0: as the others

@@ -1,18 +1,19 @@
 """The attention sublayers: grouped-query attention (2305.13245) and DeepSeek's multi-head latent attention (2405.04434).
 
 A sublayer projects, turns, and hands queries, keys and values to `attend(q, k, v) -> (out, kept)`: over all of a sequence in training and
-prefill (`causal_attention`), over a cache in decode (rollout.py).
+prefill (`sequence_attention`), over a cache in decode (rollout.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rl_reasoning import rope
+from rl_reasoning import rope, splash
 from rl_reasoning.arch import Arch
 from rl_reasoning.lora import linear
 from rl_reasoning.structs import Array
@@ -122,3 +123,52 @@ def causal_attention(arch: Arch, bias: Array) -> Callable:
     return out.reshape(N, T, heads, v.shape[-1]), (k, v)
 
   return attend
+
+
+def cudnn_attention(arch: Arch, bias: Array) -> Callable:
+  """The same by cuDNN's fused kernel, which has no segments: its bias is that of all heads together, so that there is [N, T, T], but no
+  scores of every head. It wants an even number of tokens."""
+  scale = rope.score_scale(arch)
+
+  def attend(q, k, v):
+    T, odd = q.shape[1], q.shape[1] % 2
+    padded = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v)]
+    mask = jnp.pad(bias[:, 0], ((0, 0), (0, 0), (0, odd), (0, odd)), constant_values=NEG_INF)
+    out = jax.nn.dot_product_attention(*padded, bias=mask.astype(q.dtype), scale=scale, implementation='cudnn')
+    return out[:, :T], (k, v)
+
+  return attend
+
+
+def splash_attention(arch: Arch, segment_NT: Array, windows: Sequence[int], index: Array) -> Callable:
+  """The same by a kernel whose mask is static: that of the layer is chosen while the program runs, by the index of its window."""
+  kernels = [
+    functools.partial(
+      splash.splash, scale=rope.score_scale(arch), window=window, cap=arch.attn_logit_softcapping,
+      interpret=arch.attn_implementation == 'splash_interpret',
+    )
+    for window in windows
+  ]  # fmt: skip
+
+  def attend(q, k, v):
+    out = kernels[0](q, k, v, segment_NT) if len(kernels) == 1 else jax.lax.switch(index, kernels, q, k, v, segment_NT)
+    return out, (k, v)
+
+  return attend
+
+
+def masks(arch: Arch, position_NT: Array, segment_NT: Array, windows: Sequence[int]) -> list[Array]:
+  """What `sequence_attention` is told of a layer with each of the windows: a bias, or for static masks the index of the window."""
+  if arch.attn_implementation.startswith('splash'):
+    return [jnp.int32(index) for index in range(len(windows))]
+  return [causal_bias(position_NT, segment_NT, window) for window in windows]
+
+
+def sequence_attention(arch: Arch, segment_NT: Array, windows: Sequence[int], mask: Array) -> Callable:
+  """Attention of all tokens to those of their segment that are not behind them, in a layer whose window is that of its `mask` (see
+  `masks`), by the code that the run has chosen."""
+  if arch.attn_implementation == 'xla':
+    return causal_attention(arch, mask)
+  if arch.attn_implementation == 'cudnn':
+    return cudnn_attention(arch, mask)
+  return splash_attention(arch, segment_NT, windows, mask)

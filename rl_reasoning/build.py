@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +102,9 @@ def check_teacher(teacher: Teacher, arch: Arch, tok: tokenizer.Tokenizer, own: s
         f'{other and other[0][1]}; where they mean the same, name the policy\'s here, too')  # fmt: skip
 
 
-def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
+def load_reward_models(
+  config: Config, mesh: Mesh, process: bool = False, load: Callable[..., PyTree] = stored.load_params
+) -> tuple[dict[str, RewardModel], dict[str, PyTree]]:
   """(what is fixed of each, by name; their weights, as the frozen roles 'reward.NAME'). `process`: process models, too. Raises
   ConfigError."""
   models, params = {}, {}
@@ -113,18 +115,21 @@ def load_reward_models(config: Config, mesh: Mesh, process: bool = False) -> tup
     trained = stored.run_config(init) if ours else None
     role = reward_models.resolve(name, role, trained, process)
     arch, shift = stored.read_arch(init).for_length(resolution.longest(config)), stored.score_shift(init)
+    arch = resolution.with_attention(arch, config.model, mesh)
     of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
     models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
-    params[f'reward.{name}'] = stored.load_params(init, arch, jax.random.key(0), mesh, ('scalar',))
+    params[f'reward.{name}'] = load(init, arch, jax.random.key(0), mesh, ('scalar',))
   return models, params
 
 
-def build(config: Config, keys_set: set[str] | None = None) -> Run:
-  """Raises ConfigError for whatever the user got wrong."""
+def build(
+  config: Config, keys_set: set[str] | None = None, devices: Sequence[Any] | None = None, making: stored.Making = stored.ARRAYS
+) -> Run:
+  """A run on `devices` (None: those that are here). Raises ConfigError for whatever the user got wrong."""
   config, objective, arch = resolution.resolve(config, keys_set or set())
   adapted = bool(config.lora.rank)
   chosen = dataclasses.replace(config.optim, frozen_layers=0) if adapted else config.optim
-  mesh = resolution.make_mesh(config)
+  mesh = resolution.make_mesh(config, devices)
   resolution.check_sizes(config, objective, mesh)
   tok = load_tokenizer(config.roles.policy, arch)
   if config.roles.policy.init and (rows := stored.read_arch(config.roles.policy.init).vocab_size) < arch.vocab_size:
@@ -145,6 +150,8 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
   if 'teacher' in objective.frozen:
     archs['teacher'] = stored.read_arch(teacher.init).for_length(resolution.longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
+  archs = {role: resolution.with_attention(a, config.model, mesh) for role, a in archs.items()}
+  arch = archs['policy']
   peak = critic.learning_rate or chosen.learning_rate
   optimizer, schedule = optim.make(chosen, updates, arch.stacks)
   optimizers = {
@@ -196,18 +203,18 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     {role: (len(archs[role].stacks['layers']), archs[role].num_experts) for role in objective.trainable if archs[role].num_experts},
     config.optim.router_bias_rate,
   )  # fmt: skip
-  judges, judge_params = load_reward_models(config, mesh)
+  judges, judge_params = load_reward_models(config, mesh, load=making.load)
 
   def init() -> TrainState:
-    key = jax.random.key(config.seed)
+    key, everywhere = jax.random.key(config.seed), sharding.replicated(mesh)
 
     def load(role):
       own = jax.random.fold_in(key, 1) if role == 'critic' else key  # a fresh critic is no copy of a fresh policy
-      return stored.load_params(inits[role], archs[role], own, mesh, objective.heads[role])
+      return making.load(inits[role], archs[role], own, mesh, objective.heads[role])
 
     def adapter(role, of=None):  # a scalar head is trained whole
-      init = jax.jit(functools.partial(model.init_table, table=tables[role]), out_shardings=shardings[role])
-      return {**init(jax.random.fold_in(key, 2)), **({'score': of['score']} if of and 'score' in of else {})}
+      own = making.make(functools.partial(model.init_table, table=tables[role]), shardings[role], jax.random.fold_in(key, 2))
+      return {**own, **({'score': of['score']} if of and 'score' in of else {})}
 
     loaded = {role: load(role) for role in objective.trainable}
     params, frozen = loaded, {role: load(role) for role in objective.frozen if not (role == 'ref' and ref_is_base)}
@@ -218,10 +225,10 @@ def build(config: Config, keys_set: set[str] | None = None) -> Run:
     return TrainState(
       step=0,
       cursor={'num_tokens': 0},  # and what data.Train.first adds
-      updates=jax.device_put(jnp.int32(0), sharding.replicated(mesh)),
+      updates=making.make(lambda: jnp.int32(0), everywhere),
       params=params,
-      opt={role: jax.jit(optimizers[role].init, out_shardings=opt_shardings[role])(params[role]) for role in params},
-      aux=jax.device_put(objective.init_aux(), sharding.replicated(mesh)),
+      opt={role: making.make(optimizers[role].init, opt_shardings[role], params[role]) for role in params},
+      aux=making.make(objective.init_aux, everywhere),
       moving=moving,
       frozen={**frozen, **judge_params},
     )

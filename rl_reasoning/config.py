@@ -76,6 +76,9 @@ class Model:
   arch: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of model.Arch that differ from the preset
   dtype: str = 'float32'  # compute; parameters and optimizer are float32
   remat: str = 'none'  # none | dots | full: what the backward pass recomputes
+  # auto | xla | splash (kernels of TPUs; on CPUs interpreted, for tests) | cudnn (GPUs, bfloat16). auto: what the mesh's devices have, and
+  # XLA's code where their kernel does not fit the model
+  attention: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,9 @@ class Rollout:
   top_p: float = 1.0
   min_p: float = 0.0
   chunk: int = 32  # first size of the completion cache; it doubles as completions grow
+  # auto (model.dtype) | int8 | float8_e4m3fn: what keys and values of prompts and completions are kept in. With one byte a number the
+  # sampler is not quite the policy that the trainer scores: see the metrics of their log-probabilities
+  cache_dtype: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +226,7 @@ class MeshSizes:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  sequence: int = 1  # so many ways the tokens of a row lie, for long completions; in rollouts rows go over it
   expert: int = 1  # of mixtures of experts: so many ways the experts lie; rows go over it, too
 
 
@@ -295,9 +302,11 @@ NOT_NEGATIVE = [
 CHOICES = {
   'data.curriculum': ('none', 'pass_rate'),
   'data.overlong': ('raise', 'drop', 'truncate_prompt'),
+  'model.attention': ('auto', 'xla', 'splash', 'cudnn'),
   'model.dtype': ('float32', 'bfloat16'),
   'model.remat': ('none', 'dots', 'full'),
   'rewards.on_error': ('raise', 'none'),
+  'rollout.cache_dtype': ('auto', 'int8', 'float8_e4m3fn'),
   'optim.schedule': ('constant', 'linear', 'cosine'),
 }
 

@@ -60,11 +60,11 @@ from rl_reasoning.rewards import check_rewards
 # Keys that act here, as prefixes; `seed` is that of the rows, as in training, and generate.seed that of the samples.
 ASKED = ('seed', 'data.task', 'data.path', 'data.options', 'data.mixture', 'data.train_size', 'data.cache_dir')
 READ = (
-  *ASKED, 'model.dtype', 'model.arch', 'roles.policy', 'roles.reward', 'data.max_prompt_length', 'rollout.max_completion_length',
-  'rollout.chunk', 'rewards', 'mesh',
+  *ASKED, 'model.dtype', 'model.attention', 'model.arch', 'roles.policy', 'roles.reward', 'data.max_prompt_length',
+  'rollout.max_completion_length', 'rollout.chunk', 'rollout.cache_dtype', 'rewards', 'mesh',
 )  # fmt: skip
 # Of these, what says where things lie: the checkpoint is known by its fingerprint.
-ELSEWHERE = ('mesh', 'data.cache_dir', 'roles.policy.init')
+ELSEWHERE = ('mesh', 'model.attention', 'data.cache_dir', 'roles.policy.init')
 
 
 class Source(Protocol):

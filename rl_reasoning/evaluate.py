@@ -48,11 +48,12 @@ from rl_reasoning.structs import PyTree
 
 # Sections and keys that an evaluation reads, as prefixes.
 READ = (
-  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options',
-  'data.mixture', 'data.max_prompt_length', 'data.max_length', 'data.overlong', 'data.cache_dir', 'rollout.max_completion_length',
-  'rollout.chunk', 'rewards', 'mesh', 'eval.size', 'eval.batch_size', 'eval.seed', 'eval.evaluators',
+  'model.dtype', 'model.attention', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task',
+  'data.path', 'data.options', 'data.mixture', 'data.max_prompt_length', 'data.max_length', 'data.overlong', 'data.cache_dir',
+  'rollout.max_completion_length', 'rollout.chunk', 'rollout.cache_dtype', 'rewards', 'mesh', 'eval.size', 'eval.batch_size',
+  'eval.seed', 'eval.evaluators',
 )  # fmt: skip
-ELSEWHERE = ('mesh', 'data.cache_dir')  # of these, what says where things lie and not what comes out
+ELSEWHERE = ('mesh', 'model.attention', 'data.cache_dir')  # of these, what says where and how and not what comes out
 TRAINING = ('total_steps', 'objective', 'optim')  # a config that sets one of them is that of a training run
 FILES = ('evaluation_config.json', 'evaluation.json', 'evaluation.md', 'evaluation.png', 'reliability.png')
 
@@ -87,6 +88,7 @@ def open_run(config: Config, source: str) -> tuple[build.Run, PyTree, dict[str, 
   heads = stored.heads_in(source)
   judges, frozen = build.load_reward_models(config, mesh)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
+  arch = resolution.with_attention(arch, config.model, mesh)
   run = build.Run(config, None, arch, tok, mesh, None, None, judges, None, 'lm' in heads)  # type: ignore[arg-type]
   return run, stored.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
 

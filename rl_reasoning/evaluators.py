@@ -233,7 +233,8 @@ def identity(
     'batch_size': config.eval.batch_size,
     'arch': dataclasses.asdict(run.arch), 'dtype': config.model.dtype, 'tokenizer': config.roles.policy.tokenizer,
     'template': config.roles.policy.template, 'max_completion_length': config.rollout.max_completion_length,
-    'chunk': config.rollout.chunk, 'rewards': dataclasses.asdict(config.rewards), 'reward_roles': config.roles.reward,
+    'chunk': config.rollout.chunk, 'cache_dtype': config.rollout.cache_dtype, 'rewards': dataclasses.asdict(config.rewards),
+    'reward_roles': config.roles.reward,
     'reward_models': {name: int(checkpoint.fingerprint(frozen[f'reward.{name}'])) for name in run.reward_models},
   }  # fmt: skip
   return {
@@ -314,7 +315,7 @@ def sample_problems(
   settings = Rollout(
     max_completion_length=evaluator.max_completion_length or config.rollout.max_completion_length,
     temperature=evaluator.temperature, top_k=evaluator.top_k, top_p=evaluator.top_p, min_p=evaluator.min_p,
-    chunk=config.rollout.chunk,
+    chunk=config.rollout.chunk, cache_dtype=config.rollout.cache_dtype,
   )  # fmt: skip
   texts, prompts = encode_problems(run, rows, name, evaluator)
   file, other = None, None

@@ -74,9 +74,9 @@ from rl_reasoning.tokenizer import THINK_INSTRUCTION, Tokenizer, after_thinking,
 
 # Keys that act, as prefixes, and those that do where there are worked examples.
 READ = (
-  'model.dtype', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task', 'data.path', 'data.options',
-  'data.mixture', 'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length', 'rollout.chunk', 'mesh', 'eval.size',
-  'eval.batch_size', 'eval.seed',
+  'model.dtype', 'model.attention', 'model.arch', 'roles.policy.tokenizer', 'roles.policy.template', 'roles.reward', 'data.task',
+  'data.path', 'data.options', 'data.mixture', 'data.max_prompt_length', 'data.cache_dir', 'rollout.max_completion_length',
+  'rollout.chunk', 'rollout.cache_dtype', 'mesh', 'eval.size', 'eval.batch_size', 'eval.seed',
 )  # fmt: skip
 EXAMPLES = ('seed', 'data.train_size')
 FILES = ('scale_config.json', 'scale.json', 'scale.md', 'scale.png')
@@ -202,7 +202,10 @@ def sample_variant(bench: Bench, name: str, method: Method, models: Sequence[str
   run = bench.run._replace(config=own, reward_models=judges)
   evaluator = evaluators.Evaluator(num_samples=method.samples)
   texts, prompts = prompts_of(bench, name, method)
-  settings = Rollout(method.limit(config), method.temperature, method.top_k, method.top_p, method.min_p, config.rollout.chunk)
+  settings = Rollout(
+    method.limit(config), method.temperature, method.top_k, method.top_p, method.min_p, config.rollout.chunk,
+    config.rollout.cache_dtype,
+  )  # fmt: skip
   source, size = Source(run, bench.params, settings, config.eval.seed), config.eval.batch_size
 
   def score(asked: Sequence[tuple[int, Chain]], ids: Sequence[int]) -> list[float]:

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from rl_reasoning import attention, experts, lora, rope
 from rl_reasoning.arch import Arch
-from rl_reasoning.sharding import constrain
+from rl_reasoning.sharding import RULES, constrain, kv_axis, spec, ways, whole_embed
 from rl_reasoning.structs import Array, Batch, PyTree
 
 
@@ -179,6 +181,21 @@ def cast(w: dict[str, Array], dtype: str) -> dict[str, Array]:
   return {name: p if name.startswith('router') else p.astype(dtype) for name, p in w.items()}
 
 
+def layer_axes(arch: Arch, stack: str) -> dict[str, tuple[str | None, ...]]:
+  """The logical axes of one layer's weights, and of their adapters."""
+  found: dict[str, tuple[str | None, ...]] = {}
+  for name, w in layer_weights(arch, stack).items():
+    inputs, outputs = w.axes[1 : 1 + w.fan_in], w.axes[1 + w.fan_in :]
+    found |= {name: w.axes[1:], name + lora.A: (*inputs, None), name + lora.B: (None, *outputs)}
+  return found
+
+
+def as_computed(arch: Arch, stack: str, w: dict[str, Array], dtype: str) -> dict[str, Array]:
+  """A layer's weights as they compute: cast, then gathered along fsdp, so that half as many bytes travel."""
+  axes = layer_axes(arch, stack)
+  return {name: whole_embed(p, axes[name]) if name in axes else p for name, p in cast(w, dtype).items()}
+
+
 def block(
   arch: Arch,
   w: dict[str, Array],
@@ -215,22 +232,26 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
   """x [N, T, D] after the `layers` (all of them). `replay` is as Kept.chosen."""
   layers, kinds, counts = layers or range(arch.num_hidden_layers), arch.kinds, segment_NT > 0
   distinct = sorted({kinds[layer] for layer in layers})
-  contexts = [
-    (attention.causal_bias(position_NT, segment_NT, kind.window), rope.angles(arch, position_NT, kind.rope)) for kind in distinct
-  ]
+  windows = sorted({kind.window for kind in distinct})
+  masks = attention.masks(arch, position_NT, segment_NT, windows)
+  contexts = [(masks[windows.index(kind.window)], rope.angles(arch, position_NT, kind.rope)) for kind in distinct]
   context: Any = contexts[0]
   if len(distinct) > 1:
     context = jax.tree.map(lambda *every: jnp.stack(every), *contexts)
 
-  def layer(x, given):
+  def layer(stack, x, given):
     w, kind, replayed = given
-    w = cast(w, dtype)
-    bias, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
-    x, kept, chosen = block(arch, w, x, turn, attention.causal_attention(arch, bias), routing=experts.Routing(replayed, counts))
-    return constrain(x, 'rows', None, None), Kept(kept if keep_cache else None, chosen)
+    w = as_computed(arch, stack, w, dtype)
+    mask, turn = context if kind is None else jax.tree.map(lambda every: every[kind], context)
+    attention_of = attention.sequence_attention(arch, segment_NT, windows, mask)
 
-  if REMAT[remat] is not None:
-    layer = jax.checkpoint(layer, policy=REMAT[remat])
+    def attend(q, k, v):  # queries stay where their tokens are
+      k, v = (constrain(x, 'rows', None, kv_axis(x.shape[2]), None) for x in (k, v))
+      return attention_of(q, k, v)
+
+    x, kept, chosen = block(arch, w, x, turn, attend, routing=experts.Routing(replayed, counts))
+    return constrain(x, 'rows', 'time', None), Kept(kept if keep_cache else None, chosen)
+
   every: list[Kept] = []
   for stack, own in arch.stacks.items():
     some = range(max(own.start, layers.start), min(own.stop, layers.stop))
@@ -239,7 +260,9 @@ def run_layers(x: Array, params: PyTree, arch: Arch, segment_NT: Array, position
       weights = params[stack] if len(some) == len(own) else jax.tree.map(lambda w, part=part: w[part], params[stack])
       kind = None if len(distinct) == 1 else jnp.asarray([distinct.index(kinds[i]) for i in some])
       replayed = replay[part] if replay is not None and stack == 'layers' else None
-      x, kept = jax.lax.scan(layer, x, (weights, kind, replayed))
+      step = functools.partial(layer, stack)
+      step = step if REMAT[remat] is None else jax.checkpoint(step, policy=REMAT[remat])
+      x, kept = jax.lax.scan(step, x, (weights, kind, replayed))
       every.append(kept)
   cache = every[0].cache
   if len(every) > 1:
@@ -271,7 +294,7 @@ def forward(
       features = trunk(params, arch, tokens, segment_NT, position_NT, frozen_layers, dtype, replay)
     x = jax.lax.stop_gradient(features.astype(dtype))
   else:
-    x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
+    x = embed(params, arch, tokens, dtype)
   layers = range(frozen_layers, arch.num_hidden_layers)
   x, kept = run_layers(x, params, arch, segment_NT, position_NT, dtype, remat, layers, keep_cache, replay)
   return attention.norm(arch, x, params['final_norm'].astype(dtype)), kept
@@ -288,13 +311,21 @@ def trunk(
   replay: Array | None = None,
 ) -> Array:
   """[N, T, D]: what the first `layers` layers give."""
-  x = constrain(embed(params, arch, tokens, dtype), 'rows', None, None)
+  x = embed(params, arch, tokens, dtype)
   return run_layers(x, params, arch, segment_NT, position_NT, dtype, layers=range(layers), replay=replay)[0]
 
 
 def embed(params: PyTree, arch: Arch, tokens: Array, dtype: str) -> Array:
-  x = params['embed'].astype(dtype)[tokens]
-  return x * jnp.asarray(arch.hidden_size**0.5, dtype) if arch.scale_embeddings else x
+  """[N, T, D]. Looked up in float32, so that the gradients of a token that comes often add up. Along fsdp each device looks up its part of
+  D: what travels are activations, not the table."""
+  tokens = constrain(tokens, 'outer_rows', None)
+  x = constrain(params['embed'][tokens], 'outer_rows', None, 'embed').astype(dtype)
+  return constrain(scaled(arch, x), 'rows', 'time', None)
+
+
+def scaled(arch: Arch, x: Array) -> Array:
+  """What was looked up in the embedding, as the first layer reads it."""
+  return x * jnp.asarray(arch.hidden_size**0.5, x.dtype) if arch.scale_embeddings else x
 
 
 def head(params: PyTree) -> Array:
@@ -309,24 +340,26 @@ def logits(hidden: Array, head_VD: Array, softcap: float = 0.0) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=('arch', 'dtype', 'fuse'))
-def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[dict[str, Array], ...]:
-  """Per-layer weights for the unrolled decode loop, made once a rollout. `fuse` joins q/k/v and gate/up into one matmul each
+def decode_weights(params: PyTree, arch: Arch, dtype: str, fuse: bool) -> tuple[dict[str, Array], tuple[dict[str, Array], ...]]:
+  """(embedding, final norm and head, the weights of each layer) for the unrolled decode loop, made once a rollout: cast, and whole along
+  fsdp, so that nothing is gathered token by token. `fuse` joins q/k/v and gate/up into one matmul each
   (7 to 8 % of a decode step on CPU); off under tensor parallelism, where the joined axis would mix shards. Adapters are merged in float32
   alone: in bfloat16, W + AB is W where AB is small, and the sampler would miss an adapter's first updates."""
   layers = []
   for stack, numbers in arch.stacks.items():
     for index in range(len(numbers)):
       own = {name: p[index] for name, p in params[stack].items()}
-      w = cast(lora.merged_layer(own, tuple(own) if dtype == 'float32' else (attention.ABSORBED,)), dtype)
+      w = as_computed(arch, stack, lora.merged_layer(own, tuple(own) if dtype == 'float32' else (attention.ABSORBED,)), dtype)
       if fuse and 'k' in w and not lora.adapted(w, 'q', 'k', 'v'):
         w['qkv'] = jnp.concatenate([w.pop(n).reshape(arch.hidden_size, -1) for n in ('q', 'k', 'v')], axis=-1)
       if fuse and 'gate' in w and not lora.adapted(w, 'gate', 'up'):
         w['gate_up'] = jnp.concatenate([w.pop('gate'), w.pop('up')], axis=-1)
       layers.append(w)
-  return tuple(layers)
+  outer = {name: whole_embed(params[name].astype(dtype), ('vocab', 'embed')) for name in ('embed', 'lm_head') if name in params}
+  return {**outer, 'final_norm': params['final_norm'].astype(dtype)}, tuple(layers)
 
 
-CHUNK_ELEMENTS = 2**24  # logits alive at once in the update: 64 MiB of float32
+CHUNK_ELEMENTS = 2**24  # logits alive at once in the update, on each device: 64 MiB of float32
 
 
 def hidden_states(
@@ -371,36 +404,60 @@ def over_vocabulary(function: Callable[..., PyTree], batch: Batch, outputs: Sequ
   [N, t, ...] of the arrays [N, T, ...], which are aligned to the token they speak of. So are the results [N, T, ...], which are 0 where
   nothing comes before a token in its segment.
 
-  The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists.
+  The vocabulary is met in chunks of T, recomputed in the backward pass: [N, T, V] never exists. Every device goes through its own rows, and
+  what they say of the head is added up once, after the last chunk; `function` closes over no arrays.
   """
   (N, T, _), count = outputs[0].hidden.shape, len(outputs)
 
   def sized(x, before, after):  # zeros around the axis T
     return jnp.pad(x, ((0, 0), (before, after)) + ((0, 0),) * (x.ndim - 2))
 
-  def chunk(*parts):
-    every = [
-      constrain(logits(hidden, output.head, output.softcap), 'rows', None, 'vocab') for hidden, output in zip(parts, outputs)
-    ]
-    return function(*every, *parts[count:])
-
   # Row t of a hidden state speaks of token t + 1.
   parts = [output.hidden for output in outputs] + [sized(jnp.asarray(x)[:, 1:], 0, 1) for x in arrays]
-  size = max(1, min(T, CHUNK_ELEMENTS // (N * sum(output.head.shape[0] for output in outputs))))
-  if size >= T:
-    results = chunk(*parts)
+  heads = [output.head for output in outputs]
+  size = max(1, CHUNK_ELEMENTS * ways('rows', 'vocab') // (N * sum(head.shape[0] for head in heads)))
+
+  def local(parts, heads):
+    def chunk(*some):
+      every = [
+        constrain(logits(hidden, head, output.softcap), 'rows', None, 'vocab')
+        for hidden, head, output in zip(some, heads, outputs)
+      ]
+      return function(*every, *some[count:])
+
+    return in_pieces(chunk, parts, size)
+
+  if ways('rows', 'time') == 1:
+    results = local(parts, heads)
   else:
-    pieces = -(-T // size)
+    rows = {axis for name in ('rows', 'time') for axis in np.ravel(RULES[name]).tolist()}
 
-    def split(x):  # [N, T, ...] -> [pieces, N, size, ...]
-      return jnp.moveaxis(sized(x, 0, pieces * size - T).reshape(N, pieces, size, *x.shape[2:]), 1, 0)
+    def own_rows(parts, heads):  # float32: what the chunks say of a head adds up
+      return local(parts, [head.astype(jnp.float32) for head in heads])
 
-    def join(x):
-      return jnp.moveaxis(x, 0, 1).reshape(N, -1, *x.shape[3:])[:, :T]
-
-    results = jax.tree.map(join, jax.lax.map(lambda some: jax.checkpoint(chunk)(*some), [split(x) for x in parts]))
+    # As it computes, whole along fsdp, and cut by the vocabulary: outside, since a gather inside would undo that cut.
+    heads = [whole_embed(head.astype(hidden.dtype), ('vocab', 'embed')) for head, hidden in zip(heads, parts)]
+    split = spec('rows', 'time')
+    results = jax.shard_map(own_rows, in_specs=(split, PartitionSpec()), out_specs=split, axis_names=rows)(parts, heads)
   known = (batch.segment_NT > 0) & (batch.position_NT > 0)
   return jax.tree.map(lambda x: jnp.where(known.reshape(N, T, *(1,) * (x.ndim - 2)), sized(x[:, :-1], 1, 0), 0), results)
+
+
+def in_pieces(function: Callable[..., PyTree], parts: Sequence[Array], size: int) -> PyTree:
+  """`function(*parts)` of [N, T, ...], `size` of T at a time; each piece is computed again in the backward pass."""
+  N, T = parts[0].shape[:2]
+  if size >= T:
+    return function(*parts)
+  count = -(-T // size)
+
+  def split(x):  # [N, T, ...] -> [count, N, size, ...]
+    x = jnp.pad(x, ((0, 0), (0, count * size - T)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(N, count, size, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(N, -1, *x.shape[3:])[:, :T]
+
+  return jax.tree.map(join, jax.lax.map(lambda some: jax.checkpoint(function)(*some), [split(x) for x in parts]))
 
 
 def log_probs(params: PyTree, arch: Arch, batch: Batch, temperature_N: Array | float = 1.0, *, dtype: str = 'float32', remat: str = 'none',
@@ -416,10 +473,10 @@ def token_log_probs(
   """Log-probability [N, T] of every token given those before it in its segment (0 where there is none), and the entropy [N, T] of the
   distribution it was drawn from, both under softmax(logits / temperature) over the whole vocabulary, float32. The entropy has a gradient
   only where one is asked for: a metric should not pay for it."""
-  scale = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), batch.tokens.shape[:1])[:, None, None]
+  scale_N = jnp.broadcast_to(1.0 / jnp.asarray(temperature_N, jnp.float32), batch.tokens.shape[:1])
 
-  def chunk(scores, target):
-    scores = scores * scale
+  def chunk(scores, target, scale):
+    scores = scores * scale[..., None]
     lse = jax.nn.logsumexp(scores, axis=-1)
     logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - lse
     if not entropy:
@@ -428,7 +485,7 @@ def token_log_probs(
     every = every if entropy_gradient else jax.lax.stop_gradient(every)
     return logp, -jnp.sum(jnp.exp(every) * every, axis=-1)
 
-  return over_vocabulary(chunk, batch, [output], batch.tokens)
+  return over_vocabulary(chunk, batch, [output], batch.tokens, jnp.broadcast_to(scale_N[:, None], batch.tokens.shape))
 
 
 class Net(NamedTuple):

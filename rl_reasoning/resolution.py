@@ -14,6 +14,7 @@ from rl_reasoning.config import (
   Config,
   ConfigError,
   Lora,
+  Model as ModelSettings,
   Role,
   check,
   coerce,
@@ -46,6 +47,8 @@ def resolve_arch(config: Config) -> Arch:
   """
   source = config.roles.policy.init
   check(config.model.preset in PRESETS, f"config key 'model.preset': {config.model.preset!r} is none of {', '.join(PRESETS)}")
+  check(config.model.arch.get('attn_implementation', 'xla') == 'xla',
+        "config key 'model.arch.attn_implementation' cannot act: model.attention names the code")  # fmt: skip
   if not source:
     arch = from_mapping(Arch, {**dataclasses.asdict(PRESETS[config.model.preset]), **config.model.arch}, 'model.arch.')
     return arch.for_length(longest(config))
@@ -96,11 +99,41 @@ def check_speaks(key: str, source: str) -> None:
   check('lm' in stored.heads_in(source), f'config key {key!r}: {source} is a reward model: it has no head for text')
 
 
+def beyond_cudnn(arch: Arch, dtype: str) -> str:
+  """Why cuDNN cannot compute this attention; '' where it can. A head of more than 128 numbers it takes on some GPUs only."""
+  if dtype != 'bfloat16':
+    return f'it computes in bfloat16, and model.dtype is {dtype}'
+  if arch.attn_logit_softcapping:
+    return 'it has no soft cap of scores'
+  if arch.kv_lora_rank:
+    return 'with latent attention, the heads of values are of another size than those of keys'
+  return (
+    '' if arch.head_dim <= 128 and arch.head_dim % 8 == 0 else f'a head of {arch.head_dim} numbers is no multiple of 8 up to 128'
+  )
+
+
+def with_attention(arch: Arch, settings: ModelSettings, mesh: Mesh) -> Arch:
+  """The architecture with the code that `model.attention` means on the devices of the mesh, which need not be those of this machine. Raises
+  ConfigError for code that they, or the model, cannot run."""
+  wanted, platform = settings.attention, mesh.devices.flat[0].platform
+  why = beyond_cudnn(arch, settings.dtype)
+  if wanted == 'auto':
+    wanted = {'tpu': 'splash', 'gpu': 'xla' if why else 'cudnn'}.get(platform, 'xla')
+  key = f"config key 'model.attention': {wanted!r}"
+  if wanted == 'splash':
+    check(platform in ('tpu', 'cpu'), f'{key} is a kernel of TPUs, and the devices are of platform {platform}')
+    wanted = wanted if platform == 'tpu' else 'splash_interpret'
+  if wanted == 'cudnn':
+    check(platform == 'gpu', f'{key} is for GPUs, and the devices are of platform {platform}')
+    check(not why, f'{key}: {why}')
+  return dataclasses.replace(arch, attn_implementation=wanted)
+
+
 def check_reference(key: str, source: str, arch: Arch, grows: bool = False) -> None:
   """A reference is run by the policy's own forward function, so it must be of the same architecture; where the policy's embedding `grows`,
   its own grows with it."""
   check(pathlib.Path(source).exists(), f'config key {key!r}: {source!r} does not exist')
-  unnamed = {'model_type': '', 'max_position_embeddings': 0}
+  unnamed = {'model_type': '', 'max_position_embeddings': 0, 'attn_implementation': 'xla'}
   own, theirs = (dataclasses.replace(a.for_length(0), **unnamed) for a in (arch, stored.read_arch(source)))
   if grows and theirs.vocab_size < own.vocab_size:
     theirs = dataclasses.replace(theirs, vocab_size=own.vocab_size)
@@ -237,15 +270,26 @@ def check_splits(config: Config, objective) -> None:
 def check_sizes(config: Config, objective, mesh: Mesh) -> None:
   """Every split is even and divides over the mesh, too."""
   check_splits(config, objective)
-  devices = sharding.axis_size(mesh, 'rows')
-  where = f'over the {devices} row shards of mesh {dict(mesh.shape)}'
-  prompts, size = config.data.batch_size, config.eval.batch_size
-  check(prompts % devices == 0, f"config key 'data.batch_size': {prompts} does not divide {where}")
-  check(not config.eval.every or size % devices == 0, f"config key 'eval.batch_size': {size} does not divide {where}")
-  update, unit = prompts * objective.update_rows // objective.num_minibatches, devices * objective.rows_together
-  check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where}")
+
+  def where(axis: str) -> str:
+    return f'over the {sharding.axis_size(mesh, axis)} row shards of mesh {dict(mesh.shape)}'
+
+  prompts, size, ways = config.data.batch_size, config.eval.batch_size, mesh.shape['sequence']
+  check(8 % ways == 0, f"config key 'mesh.sequence': {ways}, but padded lengths are multiples of 8")
+  rows, rolls = 'rollout_rows' if 'rollout' in objective.sources else 'rows', sharding.axis_size(mesh, 'rollout_rows')
+  check(prompts % sharding.axis_size(mesh, rows) == 0, f"config key 'data.batch_size': {prompts} does not divide {where(rows)}")
+  check(
+    not config.eval.every or size % rolls == 0, f"config key 'eval.batch_size': {size} does not divide {where('rollout_rows')}"
+  )
+  update, unit = prompts * objective.update_rows // objective.num_minibatches, row_unit(mesh, objective)
+  check(update % unit == 0, f"config key 'objective.num_minibatches': {update} rows an update do not divide {where('rows')}")
   micro = config.optim.micro_batch or update
-  check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where}")
+  check(micro % unit == 0, f"config key 'optim.micro_batch': {micro} rows do not divide {where('rows')}")
+
+
+def row_unit(mesh: Mesh, objective) -> int:
+  """The fewest rows that divide over the mesh."""
+  return sharding.axis_size(mesh, 'rows') * objective.rows_together
 
 
 def batch_sizes(config: Config, objective) -> dict[str, int]:
@@ -383,7 +427,9 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
     config = dataclasses.replace(config, lora=Lora(), mesh=whole_mesh)
     keys_set = {key for key in keys_set if not key.startswith(('lora.', 'optim.router_', 'mesh.'))}
   config, objective, arch = resolve(config, keys_set, absent)
-  check_sizes(config, objective, make_mesh(config))
+  mesh = make_mesh(config)
+  check_sizes(config, objective, mesh)
+  with_attention(arch, config.model, mesh)
   optim.make(config.optim, 1, arch.stacks)
 
 
@@ -415,8 +461,8 @@ def explain(config: Config, keys_set: set[str], devices: int) -> dict[str, Any]:
   }
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
   try:
-    return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    return sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   except ValueError as error:
     raise ConfigError(str(error)) from None

@@ -125,6 +125,12 @@ def last_scores(params: PyTree, batch: Batch, arch: Arch, dtype: str) -> Array:
   return jnp.take_along_axis(scores_NT, last_N[:, None], axis=1)[:, 0]
 
 
+def rows_at_once(length: int, mesh: Mesh | None) -> int:
+  """Rows of a micro-batch of so many tokens a row: a multiple of the row shards."""
+  devices = 1 if mesh is None else sharding.axis_size(mesh, 'rows')
+  return -(-max(1, min(ROWS, TOKENS // length)) // devices) * devices
+
+
 def score_texts(
   made: RewardModel,
   params: PyTree,
@@ -142,11 +148,9 @@ def score_texts(
   ids = [encode(made, *row) for row in zip(prompts, completions, ended, strict=True)]
   order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
   score_N, has_N = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
-  devices = 1 if mesh is None else sharding.axis_size(mesh, 'rows')
   while order:
     preemption.check()
-    size = max(1, min(ROWS, TOKENS // sharding.size_class(len(ids[order[0]]))))
-    size = -(-size // devices) * devices
+    size = rows_at_once(sharding.size_class(len(ids[order[0]])), mesh)
     some, order = order[:size], order[size:]
     batch = pad_rows([(ids[n], [0] * len(ids[n])) for n in some] + [([], [])] * (size - len(some)), np.arange(size))
     batch = batch if mesh is None else sharding.put_rows(mesh, batch)

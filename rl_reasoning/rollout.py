@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import attention, config as config_lib, model, preemption, rope, sampling, sharding
+from rl_reasoning import attention, config as config_lib, decode_attention, kv_cache, model, preemption, rope, sampling, sharding
 from rl_reasoning.structs import Array, PyTree, Rollout
 
 PACE = 64  # tokens of a decode call: between two of them a rollout can be preempted
@@ -32,6 +32,10 @@ class Decoder(NamedTuple):
   settings: config_lib.Rollout
   group: int  # completions a prompt
   records: bool = False  # the experts of every token
+
+  @property
+  def cache_dtype(self) -> str:
+    return self.dtype if self.settings.cache_dtype == 'auto' else self.settings.cache_dtype
 
   def pick(self, logits_BGV: Array, u_BG: Array) -> tuple[Array, Array]:
     s = self.settings
@@ -52,9 +56,7 @@ class Decoding(NamedTuple):
   tokens: Array  # [B, G, C]
   logp: Array  # [B, G, C]
   done: Array  # bool [B, G]
-  # Per layer (keys [B, G, K, H, S], values [B, G, K, S, H]); keys transposed: 7 to 8 % of a decode step on CPU. Values None: the first part
-  # of the keys (latent attention).
-  cache: tuple
+  cache: tuple[kv_cache.Cache, ...]  # one a layer, [B, G, ...]
   # Where they are recorded, the experts of every token that the network read: (of the prompts [B, P, layers, k], of completions
   # [B, G, C, layers, k]).
   chosen: tuple[Array, Array] | None = None
@@ -75,16 +77,15 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   arch, (B, G, C) = decoder.arch, u_BGC.shape
   position = jnp.maximum(jnp.cumsum(valid_BP, axis=1) - 1, 0)
   hidden, kept = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
-  k, v = kept.cache  # [L, B, P, K, H]
-  cache = tuple(
-    (k[i].transpose(0, 2, 3, 1), None if v is None else v[i].transpose(0, 2, 1, 3)) for i in range(arch.num_hidden_layers)
-  )
-  logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params), arch.final_logit_softcapping), 'rows', None)
+  k, v = jax.tree.map(lambda x: sharding.constrain(x, None, 'rows', None, sharding.kv_axis(x.shape[3]), None), kept.cache)
+  cache = tuple(kv_cache.of(k[i], None if v is None else v[i], decoder.cache_dtype) for i in range(arch.num_hidden_layers))
+  cache = tuple(kv_cache.with_axes(lambda x, axes: sharding.constrain(x, *axes), layer) for layer in cache)
+  last = sharding.constrain(hidden[:, -1], 'rollout_rows', None)
+  logits = model.logits(last, sharding.whole_embed(model.head(params), ('vocab', 'embed')), arch.final_logit_softcapping)
+  logits = sharding.constrain(logits, 'rollout_rows', 'vocab')
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
-  kv = (B, G, k.shape[3])
-  empty = (
-    jnp.zeros((*kv, k.shape[4], 0), decoder.dtype), None if v is None else jnp.zeros((*kv, 0, v.shape[4]), decoder.dtype)
-  )  # fmt: skip
+  none = [None if x is None else jnp.zeros((B, G, 0, *x.shape[3:]), decoder.dtype) for x in (k, v)]
+  empty = kv_cache.of(none[0], none[1], decoder.cache_dtype)
   chosen = None
   if decoder.records:
     prompts = jnp.moveaxis(jnp.asarray(kept.chosen), 0, 2)
@@ -109,31 +110,30 @@ def cache_bias(valid_BP: Array, S: int, t: Array, window: int) -> tuple[Array, A
   return jnp.where(prompt[:, None, None, None], 0.0, attention.NEG_INF), jnp.where(own, 0.0, attention.NEG_INF)
 
 
-def cached_attention(arch: model.Arch, prompt_cache, cache, bias: tuple[Array, Array], t: Array):
-  """Attention of one new token a row over its prompt (shared by the group) and its own completion so far."""
-  (keys, values), (prompt_bias, own_bias), scale = cache, bias, rope.score_scale(arch)
-
-  def latents(keys):  # [..., H, S] -> [..., S, R]
-    return jnp.swapaxes(keys[..., : arch.kv_lora_rank, :], -1, -2)
+def cached_attention(
+  arch: model.Arch,
+  window: int,
+  prompt_cache: kv_cache.Cache,
+  cache: kv_cache.Cache,
+  bias: tuple[Array, Array],
+  t: Array,
+  done_BG: Array,
+):
+  """Attention of one new token a row over its prompt (shared by the group) and its own completion so far. The kernel reads nothing of the
+  completions that are done."""
+  prompt_bias, own_bias = bias
 
   def attend(q, k, v):
     B, G, heads, H = q.shape
-    own_k = jax.lax.dynamic_update_slice_in_dim(keys, k[..., None], t - 1, axis=4)
-    if v is None:
-      kept, prompt_v, own_v = (own_k, None), latents(prompt_cache[0]), latents(own_k)
+    new = kv_cache.of(k[:, :, None], None if v is None else v[:, :, None], kv_cache.dtype_of(cache))
+    kept = kv_cache.written(cache, new, t - 1)
+    q = q.reshape(B, G, k.shape[2], -1, H) * jnp.asarray(rope.score_scale(arch), q.dtype)
+    prompt = decode_attention.by_xla(arch, q, prompt_cache, prompt_bias)
+    if arch.attn_implementation.startswith('splash'):
+      own = decode_attention.by_kernel(arch, window, q, kept, jnp.where(done_BG, 0, t))
     else:
-      own_v = jax.lax.dynamic_update_slice_in_dim(values, v[:, :, :, None], t - 1, axis=3)
-      kept, prompt_v = (own_k, own_v), prompt_cache[1]
-    q = q.reshape(B, G, k.shape[2], -1, H) * jnp.asarray(scale, q.dtype)
-    prompt = jnp.einsum('bgkqh,bkhp->bgkqp', q, prompt_cache[0]).astype(jnp.float32)
-    own = jnp.einsum('bgkqh,bgkhs->bgkqs', q, own_k).astype(jnp.float32)
-    prompt, own = attention.capped(arch, prompt) + prompt_bias, attention.capped(arch, own) + own_bias
-    best = jnp.maximum(prompt.max(-1, keepdims=True), own.max(-1, keepdims=True))
-    prompt, own = jnp.exp(prompt - best), jnp.exp(own - best)
-    total = prompt.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-    out = jnp.einsum('bgkqp,bkph->bgkqh', prompt.astype(prompt_v.dtype), prompt_v)
-    out = out + jnp.einsum('bgkqs,bgksh->bgkqh', own.astype(own_v.dtype), own_v)
-    return (out / total.astype(out.dtype)).reshape(B, G, heads, -1), kept
+      own = decode_attention.by_xla(arch, q, kept, own_bias)
+    return decode_attention.joined(prompt, own).reshape(B, G, heads, -1), kept
 
   return attend
 
@@ -141,23 +141,18 @@ def cached_attention(arch: model.Arch, prompt_cache, cache, bias: tuple[Array, A
 @functools.partial(jax.jit, static_argnames=('size',))
 def grow(cache: tuple, size: int) -> tuple:
   """The completion cache with `size` slots."""
-
-  def pad(x, axis):
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)
-
-  return tuple((pad(k, 4), None if v is None else pad(v, 3)) for k, v in cache)
+  return tuple(kv_cache.grown(layer, size) for layer in cache)
 
 
 @functools.partial(jax.jit, static_argnames=('decoder',), donate_argnames=('state',))
-def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, u_BGC: Array, state: Decoding, until: int,
+def decode(outer: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, u_BGC: Array, state: Decoding, until: int,
            decoder: Decoder) -> Decoding:  # fmt: skip
   """Samples until there are `until` tokens, the cache is full or every row is done. Layers are unrolled: a cache carried through a scan
   over layers is 2.2 times slower on CPU."""
   arch, C = decoder.arch, u_BGC.shape[-1]
-  limit = jnp.minimum(until, min(state.cache[0][0].shape[-1] + 1, C))
-  length_B, kinds, S = jnp.sum(valid_BP, axis=1), arch.kinds, state.cache[0][0].shape[-1]
+  S = kv_cache.slots(state.cache[0])
+  limit = jnp.minimum(until, min(S + 1, C))
+  length_B, kinds = jnp.sum(valid_BP, axis=1), arch.kinds
 
   def body(state: Decoding) -> Decoding:
     t = state.t
@@ -165,14 +160,14 @@ def decode(params: PyTree, layers: tuple, prompt_cache: tuple, valid_BP: Array, 
     position = jnp.broadcast_to((length_B + t - 1)[:, None], token.shape)
     turns = {kind: rope.angles(arch, position, kind) for kind in {kind.rope for kind in kinds}}
     biases = {window: cache_bias(valid_BP, S, t, window) for window in {kind.window for kind in kinds}}
-    x, cache, every = model.embed(params, arch, token, decoder.dtype), [], []
+    x, cache, every = model.scaled(arch, outer['embed'][token]), [], []
     for w, kind, prompt_kv, own_kv in zip(layers, kinds, prompt_cache, state.cache, strict=True):
-      attend = cached_attention(arch, prompt_kv, own_kv, biases[kind.window], t)
+      attend = cached_attention(arch, kind.window, prompt_kv, own_kv, biases[kind.window], t, state.done)
       x, kept, chosen = model.block(arch, w, x, turns[kind.rope], attend, absorbed=True)
       cache.append(kept)
       every += [] if chosen is None else [chosen]
-    x = attention.norm(arch, x, params['final_norm'].astype(x.dtype))
-    logits = sharding.constrain(model.logits(x, model.head(params), arch.final_logit_softcapping), 'rows', None, None)
+    x = attention.norm(arch, x, outer['final_norm'])
+    logits = sharding.constrain(model.logits(x, model.head(outer), arch.final_logit_softcapping), 'rollout_rows', None, 'vocab')
     token, logp = decoder.pick(logits, jax.lax.dynamic_index_in_dim(u_BGC, t, axis=2, keepdims=False))
     token, logp = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logp)
     kept = state.chosen
@@ -225,14 +220,14 @@ def decoding(
   decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group, records)
   prompt_cache, state = prefill(params, decoder, tokens_BP, valid_BP, u_BGC)
   yield state
-  layers = model.decode_weights(params, arch, dtype, fuse)
+  weights = model.decode_weights(params, arch, dtype, fuse)
   size, full = settings.chunk, 0
   while (t := int(state.t)) < C and not bool(jnp.all(state.done)):
     preemption.check()
     if t > full:
       full, size = min(size, C), 2 * size
       state = state._replace(cache=grow(state.cache, full))
-    state = decode(params, layers, prompt_cache, valid_BP, u_BGC, state, t + pace if pace else C, decoder)
+    state = decode(*weights, prompt_cache, valid_BP, u_BGC, state, t + pace if pace else C, decoder)
     yield state
 
 

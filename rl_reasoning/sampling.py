@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rl_reasoning import sharding
 from rl_reasoning.structs import Array
 
 NEG_INF = -1e30
@@ -56,12 +57,15 @@ def sample(
     return token.astype(jnp.int32), jax.nn.log_softmax(logits_NV)[jnp.arange(N), token]
   logits_NV = truncate(logits_NV / temperature, top_k, top_p, min_p)
   best = jnp.max(logits_NV, axis=-1, keepdims=True)
-  block = max(8, int(V**0.5))
-  mass = jnp.pad(jnp.exp(logits_NV - best), ((0, 0), (0, -V % block))).reshape(N, -1, block)
+  cuts, block = sharding.ways('vocab'), max(8, int(V**0.5))
+  mass = jnp.exp(logits_NV - best).reshape(N, cuts, -1)  # no block is of two devices
+  mass = jnp.pad(mass, ((0, 0), (0, 0), (0, -(V // cuts) % block)))
+  blocks = mass.shape[-1] // block  # of a device
+  mass = mass.reshape(N, -1, block)
   block_mass = jnp.sum(mass, axis=-1)
   total = jnp.sum(block_mass, axis=-1)
   which, rest = first_above(block_mass, u_N * total)
   inside, _ = first_above(jnp.take_along_axis(mass, which[:, None, None], axis=1)[:, 0], rest)
-  token = which * block + inside
+  token = which // blocks * (V // cuts) + which % blocks * block + inside
   logp = logits_NV[jnp.arange(N), token] - best[:, 0] - jnp.log(total)
   return token.astype(jnp.int32), logp

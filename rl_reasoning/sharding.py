@@ -1,19 +1,29 @@
-"""Mesh from config, and logical axes -> NamedSharding. Rows go over expert, data and fsdp; weights over fsdp, tensor and expert."""
+"""Mesh from config, and logical axes -> NamedSharding.
+
+In training rows go over expert, data and fsdp, their tokens over sequence, weights over fsdp, tensor and expert. A layer's weights are
+whole along fsdp only while the layer runs; in decode they are so all the time (`whole_embed`), and rows go over sequence, too.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rl_reasoning.config import check
 from rl_reasoning.structs import Array, PyTree
 
-AXES = ('data', 'fsdp', 'tensor', 'expert')
+AXES = ('data', 'fsdp', 'sequence', 'tensor', 'expert')
 RULES = {
   'rows': ('expert', 'data', 'fsdp'),  # expert first: a shard_map over it alone then finds each of its parts in one piece
+  'outer_rows': ('expert', 'data'),  # while fsdp has something else to cut
+  'rollout_rows': ('expert', 'data', 'fsdp', 'sequence'),
+  'time': 'sequence',
   'layer': None,
   'embed': 'fsdp',
   'vocab': 'tensor',
@@ -24,10 +34,13 @@ RULES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None, *, expert: int = 1) -> Mesh:
-  """A mesh over all devices; one of the sizes may be -1 (what is left). Raises ValueError where the product does not fit."""
+def make_mesh(
+  data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None, *, sequence: int = 1, expert: int = 1
+) -> Mesh:
+  """A mesh over all devices; one of the sizes may be -1 (what is left). Where devices are of several TPU slices, `data` alone goes over
+  the network between them, and is a multiple of their number. Raises ValueError where the product does not fit."""
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor, 'expert': expert}
+  sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor, 'expert': expert}
   free = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -36,14 +49,21 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list | None = None, *,
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f'mesh: {sizes} does not cover the {len(devices)} devices here')
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices}) if devices[0].platform == 'tpu' else 1
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+  if sizes['data'] % slices:
+    raise ValueError(f'mesh: {sizes}: data does not divide over the {slices} slices')
+  within = (sizes['data'] // slices, *list(sizes.values())[1:])
+  return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(AXES) - 1)), devices), AXES, axis_types=types)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
   return PartitionSpec(*(RULES[a] if a else None for a in axes))
 
 
-def axis_size(mesh: Mesh, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
   """Devices over which a logical axis is split."""
   rule = RULES[axis] or ()
   return math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule))
@@ -68,10 +88,34 @@ def named(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...], name
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-  """Sharding hint inside jit; without a mesh (a plain script, a unit test) it does nothing."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """Sharding hint inside jit. Without a mesh (a plain script, a unit test) it does nothing, nor on an axis that a shard_map has cut."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*axes))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*(free(mesh, RULES[a]) if a else None for a in axes)))
+
+
+def kv_axis(heads: int) -> str | None:
+  """The logical axis of so many key/value heads; one alone (of latents) is nobody's share."""
+  return 'kv_heads' if heads > 1 else None
+
+
+def free(mesh: AbstractMesh, rule: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+  """What of a rule no shard_map around has cut."""
+  if isinstance(rule, tuple):
+    return tuple(axis for axis in rule if axis not in mesh.manual_axes)
+  return None if rule in mesh.manual_axes else rule
+
+
+def ways(*axes: str) -> int:
+  """Parts into which logical axes are cut on the mesh that is set; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(axis_size(mesh, axis) for axis in axes)
+
+
+def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
+  """A weight gathered along fsdp, which lies over 'embed' alone: as a layer reads it."""
+  return constrain(x, *(None if axis == 'embed' else axis for axis in axes))
 
 
 def put_rows(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rl_reasoning import checkpoint, lora, model, sharding, weights
@@ -86,6 +87,37 @@ def load_params(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[
 
   born = jax.jit(head, out_shardings={name: shardings[name] for name in missing})(key) if missing else {}
   return {name: born[name] if name in missing else params[name] for name in shardings}
+
+
+def make(function: Callable[..., PyTree], shardings: PyTree, *arguments: Any) -> PyTree:
+  return jax.jit(function, out_shardings=shardings)(*arguments)
+
+
+def shapes(function: Callable[..., PyTree], shardings: PyTree, *arguments: Any) -> PyTree:
+  """What `make` gives, as shapes."""
+  found = jax.eval_shape(function, *arguments)
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, found)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), found, shardings)
+
+
+def load_shapes(init: str, arch: Arch, key: jax.Array, mesh: Mesh, heads: tuple[str, ...] = ('lm',)) -> PyTree:
+  """What `load_params` gives, as shapes."""
+  return jax.tree.map(
+    lambda w, s: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=s),
+    model.weight_table(arch, heads), param_shardings(mesh, arch, heads), is_leaf=model.is_weight,
+  )  # fmt: skip
+
+
+class Making(NamedTuple):
+  """How the arrays of a state come to be."""
+
+  load: Callable[..., PyTree]  # as load_params
+  make: Callable[..., PyTree]
+
+
+ARRAYS = Making(load_params, make)
+SHAPES = Making(load_shapes, shapes)  # ShapeDtypeStructs in their shards: for a plan, on devices that are not there
 
 
 def restore_policy(run: str, arch: Arch, mesh: Mesh) -> PyTree:

@@ -23,6 +23,7 @@ class Steps(NamedTuple):
   prepare: Callable[[TrainState, Batch], tuple[Batch, Any, dict]]
   update: Callable[[TrainState, Batch], tuple[TrainState, dict]]
   minibatches: Callable[[Batch, jax.Array], Iterator[Batch]]
+  programs: dict[str, Any]  # the jitted functions behind the first three
 
 
 def deal(batch: PyTree, micro_batches: int, rows_together: int) -> PyTree:
@@ -151,6 +152,7 @@ def make_steps(objective, nets: dict[str, Net], optimizers: dict[str, optax.Grad
     prepare=lambda state, batch: jit_prepare(state.aux, batch),
     update=run_update,
     minibatches=minibatches,
+    programs={'score': score, 'prepare': jit_prepare, 'update': jit_update},
   )
 
 

@@ -181,7 +181,7 @@ def test_what_config_json_cannot_hold(settings, key):
     ({'optim': {'learning_rat': 1}}, "config key 'optim.learning_rat' is unknown; did you mean 'optim.learning_rate'?"),
     ({'optimizer': {}}, "config key 'optimizer' is unknown; did you mean 'optim'?"),
     ({'roles': {'policy': {'inti': ''}}}, "'roles.policy.inti' is unknown; did you mean 'roles.policy.init'?"),
-    ({'mesh': {'zzz': 1}}, "config key 'mesh.zzz' is unknown; known here: data, expert, fsdp, tensor"),
+    ({'mesh': {'zzz': 1}}, "config key 'mesh.zzz' is unknown; known here: data, expert, fsdp, sequence, tensor"),
     ({'': 1}, "config key '' is unknown"),
   ],
 )
@@ -230,7 +230,14 @@ def test_ranges(key, value, wanted):
 def test_every_number_has_a_range():
   """Failure: a new number of the config is neither in POSITIVE nor in NOT_NEGATIVE, nor checked elsewhere."""
   numbers = {key for key, value in config.flatten(config.to_dict(Config())).items() if type(value) in (int, float)}
-  elsewhere = {'rollout.top_p', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.expert'}  # in resolve, and by sharding.make_mesh
+  elsewhere = {
+    'rollout.top_p',
+    'mesh.data',
+    'mesh.fsdp',
+    'mesh.tensor',
+    'mesh.sequence',
+    'mesh.expert',
+  }  # in resolve, and by sharding.make_mesh
   assert numbers == {*config.POSITIVE, *config.NOT_NEGATIVE, *elsewhere}
   assert not set(config.POSITIVE) & set(config.NOT_NEGATIVE)
 

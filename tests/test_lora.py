@@ -281,9 +281,9 @@ def test_small_adapters_in_bfloat16():
   base = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), base)
   own = jax.tree_util.tree_map_with_path(lambda path, x: x * (1e-3 if str(path[-1].key).endswith(lora.B) else 1), adapters(arch))
   joined = lora.join(base, own, LORA)
-  decoded = model.decode_weights(joined, arch, 'bfloat16', True)
-  lost = model.decode_weights(lora.merge(joined), arch, 'bfloat16', True)
-  plain = model.decode_weights(base, arch, 'bfloat16', True)
+  decoded = model.decode_weights(joined, arch, 'bfloat16', True)[1]
+  lost = model.decode_weights(lora.merge(joined), arch, 'bfloat16', True)[1]
+  plain = model.decode_weights(base, arch, 'bfloat16', True)[1]
   same = np.mean(np.asarray(lost[0]['o']) == np.asarray(plain[0]['o']))
   assert same > 0.5 and 'o' + lora.A in decoded[0] and 'qkv' in plain[0] and 'qkv' not in decoded[0]
   prompts = [row[:5].tolist() for row in tokens[:2]]

@@ -143,10 +143,12 @@ def test_shared_prefill(params, prompts, rolled, monkeypatch):
   assert_same(alone, rolled)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 2, 4), (4, 2, 1), (1, 1, 1)], ids=str)
-def test_mesh(params, prompts, rolled, sizes):
+@pytest.mark.parametrize(
+  ('sizes', 'sequence'), [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 2, 4), 1), ((4, 2, 1), 1), ((1, 1, 1), 1), ((1, 2, 2), 2)], ids=str
+)
+def test_mesh(params, prompts, rolled, sizes, sequence):
   """Failure: tokens depend on how many devices there are, or how weights and rows lie on them."""
-  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: sequence * int(np.prod(sizes))], sequence=sequence)
   with jax.set_mesh(mesh):
     spread = jax.device_put(params, stored.param_shardings(mesh, ARCH))
     assert_same(generate(spread, prompts, mesh=mesh), rolled)

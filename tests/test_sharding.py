@@ -14,8 +14,9 @@ from rl_reasoning.structs import DATA, Batch
 )
 def test_mesh(sizes, shape):
   """Failure: -1 is not what is left of the devices, or the axes are called otherwise."""
-  assert dict(sharding.make_mesh(*sizes).shape) == dict(zip(('data', 'fsdp', 'tensor', 'expert'), (*shape, 1)))
-  assert dict(sharding.make_mesh(-1, 2, 1, expert=2).shape) == {'data': 2, 'fsdp': 2, 'tensor': 1, 'expert': 2}
+  assert dict(sharding.make_mesh(*sizes).shape) == {**dict(zip(('data', 'fsdp', 'tensor'), shape)), 'sequence': 1, 'expert': 1}
+  several = {'data': 1, 'fsdp': 2, 'sequence': 2, 'tensor': 1, 'expert': 2}
+  assert dict(sharding.make_mesh(-1, 2, 1, expert=2, sequence=2).shape) == several
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_mesh(sizes, shape):
 )  # fmt: skip
 def test_impossible_mesh(sizes, says):
   """Failure: a mesh that leaves devices idle or cannot be is taken, or refused without its sizes."""
-  with pytest.raises(ValueError, match=f"'data': {sizes[0]}, 'fsdp': {sizes[1]}, 'tensor': {sizes[2]}.*{says}"):
+  with pytest.raises(ValueError, match=f"'data': {sizes[0]}, 'fsdp': {sizes[1]}, 'sequence': 1, 'tensor': {sizes[2]}.*{says}"):
     sharding.make_mesh(*sizes)
 
 

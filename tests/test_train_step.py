@@ -171,9 +171,10 @@ def test_padding_amount(name):
   assert_equal_metrics(values, whole(name)[1])
 
 
-def five_updates(sizes):
+def five_updates(sizes, sequence=1):
   """(gradient of the first update, parameters after five, metrics of all five) on a mesh of these sizes."""
-  mesh, optimizer = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))]), optax.sgd(0.5, momentum=0.5)
+  devices = jax.devices()[: sequence * int(np.prod(sizes))]
+  mesh, optimizer = sharding.make_mesh(*sizes, devices=devices, sequence=sequence), optax.sgd(0.5, momentum=0.5)
   with jax.set_mesh(mesh):
     placed = stored.param_shardings(mesh, ARCH)
     opt = build.optimizer_shardings(mesh, optimizer, PARAMS, placed)
@@ -203,10 +204,12 @@ def one_device():
   return five_updates((1, 1, 1))
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_devices(one_device, sizes):
-  """Failure: the update depends on how many devices there are, or on how rows and weights lie on them."""
-  first, params, values = five_updates(sizes)
+@pytest.mark.parametrize(
+  ('sizes', 'sequence'), [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((1, 2, 4), 1), ((1, 2, 1), 4), ((1, 2, 2), 2)], ids=str
+)
+def test_devices(one_device, sizes, sequence):
+  """Failure: the update depends on how many devices there are, or on how rows, tokens and weights lie on them."""
+  first, params, values = five_updates(sizes, sequence)
   assert_equal_trees(first, one_device[0], 1e-5)
   assert_equal_trees(params, one_device[1], 1e-5)
   assert_equal_trees(difference(params, PARAMS), difference(one_device[1], PARAMS), 1e-4)
