@@ -79,8 +79,11 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   cache = tuple(kv_cache.of(k[i], None if v is None else v[i], decoder.cache_dtype) for i in range(arch.num_hidden_layers))
   logits = sharding.constrain(model.logits(hidden[:, -1], model.head(params), arch.final_logit_softcapping), 'rows', None)
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
-  none = [None if x is None else jnp.zeros((B, G, 0, *x.shape[3:]), decoder.dtype) for x in (k, v)]
-  empty = kv_cache.of(none[0], none[1], decoder.cache_dtype)
+
+  def none_of(x):
+    return jnp.zeros((B, G, 0, *x.shape[3:]), decoder.dtype)
+
+  empty = kv_cache.of(none_of(k), None if v is None else none_of(v), decoder.cache_dtype)
   chosen = None
   if decoder.records:
     prompts = jnp.moveaxis(jnp.asarray(kept.chosen), 0, 2)
