@@ -115,7 +115,7 @@ def load_reward_models(
     trained = stored.run_config(init) if ours else None
     role = reward_models.resolve(name, role, trained, process)
     arch, shift = stored.read_arch(init).for_length(resolution.longest(config)), stored.score_shift(init)
-    arch = resolution.with_attention(arch, config.model, mesh)
+    arch = resolution.with_attention(arch, config, mesh)
     of_steps = trained is not None and trained['objective']['name'] == reward_models.PROCESS
     models[name] = reward_models.make(name, role, arch, shift, config.model.dtype, of_steps)
     params[f'reward.{name}'] = load(init, arch, jax.random.key(0), mesh, ('scalar',))
@@ -150,7 +150,7 @@ def build(
   if 'teacher' in objective.frozen:
     archs['teacher'] = stored.read_arch(teacher.init).for_length(resolution.longest(config))
     check_teacher(teacher, archs['teacher'], tok, config.roles.policy.tokenizer)
-  archs = {role: resolution.with_attention(a, config.model, mesh) for role, a in archs.items()}
+  archs = {role: resolution.with_attention(a, config, mesh) for role, a in archs.items()}
   arch = archs['policy']
   peak = critic.learning_rate or chosen.learning_rate
   optimizer, schedule = optim.make(chosen, updates, arch.stacks)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from rl_reasoning import attention, kv_cache, sharding
 from rl_reasoning.arch import Arch
-from rl_reasoning.kv_cache import Cache, Part, Scaled
+from rl_reasoning.kv_cache import Cache, Part
 from rl_reasoning.structs import Array
 
 BLOCK_BYTES = (
@@ -49,9 +49,8 @@ def by_xla(arch: Arch, q: Array, cache: Cache, bias: Array) -> Sums:
   front = 'bk' if shared else 'bgk'
 
   def times_scale(x: Array, part: Part) -> Array:
-    if not isinstance(part, Scaled):
-      return x
-    return x * jnp.expand_dims(part.scale, (1, 3) if shared else 3)
+    scale = kv_cache.scales(part)
+    return x if scale is None else x * jnp.expand_dims(scale, (1, 3) if shared else 3)
 
   scores = jnp.einsum(f'bgkqh,{front}hs->bgkqs', q, kv_cache.numbers(keys).astype(q.dtype)).astype(jnp.float32)
   scores = attention.capped(arch, times_scale(scores, keys)) + bias
@@ -132,11 +131,10 @@ def on_device(arch: Arch, window: int, q: Array, cache: Cache, filled_BG: Array)
   def whole(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda row, j, filled_R: (row, 0, 0, 0))
 
-  k, v = (part if isinstance(part, Scaled) or part is None else Scaled(part, None) for part in cache)  # type: ignore[arg-type]
+  keys, values = cache
   by_token = pl.BlockSpec((None, K, size), lambda *at: (at[0], 0, place(*at)))
-  latent = v is None
-  scales = [k.scale, k.scale if latent else v.scale]
-  V = arch.kv_lora_rank if latent else v.data.shape[-1]
+  scales = [kv_cache.scales(keys), kv_cache.scales(keys if values is None else values)]
+  V = arch.kv_lora_rank if values is None else kv_cache.numbers(values).shape[-1]
   sums = pl.pallas_call(
     functools.partial(step, arch=arch, window=window, size=size, S=S),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -145,7 +143,7 @@ def on_device(arch: Arch, window: int, q: Array, cache: Cache, filled_BG: Array)
       in_specs=[
         whole(K, Q, H),
         pl.BlockSpec((None, K, H, size), lambda *at: (at[0], 0, 0, place(*at))),
-        None if latent else pl.BlockSpec((None, K, size, V), lambda *at: (at[0], 0, place(*at), 0)),
+        None if values is None else pl.BlockSpec((None, K, size, V), lambda *at: (at[0], 0, place(*at), 0)),
         *(None if scale is None else by_token for scale in scales),
       ],
       out_specs=[whole(K, Q, V), whole(K, Q, 1), whole(K, Q, 1)],
@@ -155,8 +153,9 @@ def on_device(arch: Arch, window: int, q: Array, cache: Cache, filled_BG: Array)
     interpret=arch.attn_implementation == 'splash_interpret',
     name='decode_attention',
   )(
-    filled_BG.reshape(-1), rows(q), rows(k.data), None if latent else rows(v.data), *(s if s is None else rows(s) for s in scales)
-  )
+    filled_BG.reshape(-1), rows(q), rows(kv_cache.numbers(keys)), None if values is None else rows(kv_cache.numbers(values)),
+    *(None if scale is None else rows(scale) for scale in scales),
+  )  # fmt: skip
   return Sums(*(x.reshape(B, G, *x.shape[1:]) for x in sums))
 
 

@@ -88,7 +88,7 @@ def open_run(config: Config, source: str) -> tuple[build.Run, PyTree, dict[str, 
   heads = stored.heads_in(source)
   judges, frozen = build.load_reward_models(config, mesh)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=dataclasses.asdict(arch)))
-  arch = resolution.with_attention(arch, config.model, mesh)
+  arch = resolution.with_attention(arch, config, mesh)
   run = build.Run(config, None, arch, tok, mesh, None, None, judges, None, 'lm' in heads)  # type: ignore[arg-type]
   return run, stored.load_params(source, arch, jax.random.key(0), mesh, heads), frozen
 

@@ -59,17 +59,17 @@ def of(k: Array, v: Array | None, dtype: str) -> Cache:
   return lay(k, dtype, (1, 2, 0)), None if v is None else lay(v, dtype, (1, 0, 2))
 
 
-def each(function: Callable[..., Array], cache: Cache, *others: Cache) -> Cache:
-  """`function(x, *others, axis)` of every array of a cache, with the axis of its tokens."""
+def each(function: Callable[..., Array], *caches: Cache) -> Cache:
+  """`function(*arrays, axis)` of the arrays that the caches have in the same places, with the axis of their tokens."""
 
-  def one(part: Part, others: tuple, axis: int) -> Part:
-    if not isinstance(part, Scaled):
-      return function(part, *others, part.ndim + axis)
-    scales = [other.scale for other in others]
-    return Scaled(one(part.data, tuple(other.data for other in others), axis), one(part.scale, tuple(scales), -1))
+  def one(parts: tuple[Any, ...], axis: int) -> Part:
+    if not isinstance(parts[0], Scaled):
+      return function(*parts, parts[0].ndim + axis)
+    data, scale = zip(*parts)
+    return Scaled(function(*data, data[0].ndim + axis), function(*scale, scale[0].ndim - 1))
 
-  k, v = cache
-  return one(k, tuple(o[0] for o in others), -1), None if v is None else one(v, tuple(o[1] for o in others), -2)
+  keys, values = zip(*caches)
+  return one(keys, -1), None if values[0] is None else one(values, -2)
 
 
 def grown(cache: Cache, size: int) -> Cache:
@@ -104,6 +104,10 @@ def written(cache: Cache, new: Cache, at: Array) -> Cache:
 def numbers(part: Part) -> Array:
   """Of the keys or values, without their scales."""
   return part.data if isinstance(part, Scaled) else part
+
+
+def scales(part: Part) -> Array | None:
+  return part.scale if isinstance(part, Scaled) else None
 
 
 def slots(cache: Cache) -> int:

@@ -14,7 +14,6 @@ from rl_reasoning.config import (
   Config,
   ConfigError,
   Lora,
-  Model as ModelSettings,
   Role,
   check,
   coerce,
@@ -112,11 +111,11 @@ def beyond_cudnn(arch: Arch, dtype: str) -> str:
   )
 
 
-def with_attention(arch: Arch, settings: ModelSettings, mesh: Mesh) -> Arch:
+def with_attention(arch: Arch, config: Config, mesh: Mesh) -> Arch:
   """The architecture with the code that `model.attention` means on the devices of the mesh, which need not be those of this machine. Raises
   ConfigError for code that they, or the model, cannot run."""
-  wanted, platform = settings.attention, mesh.devices.flat[0].platform
-  why = beyond_cudnn(arch, settings.dtype)
+  wanted, platform = config.model.attention, mesh.devices.flat[0].platform
+  why = beyond_cudnn(arch, config.model.dtype)
   if wanted == 'auto':
     wanted = {'tpu': 'splash', 'gpu': 'xla' if why else 'cudnn'}.get(platform, 'xla')
   key = f"config key 'model.attention': {wanted!r}"
@@ -429,7 +428,7 @@ def check_config(config: Config, keys_set: set[str], earlier: Sequence[str]) -> 
   config, objective, arch = resolve(config, keys_set, absent)
   mesh = make_mesh(config)
   check_sizes(config, objective, mesh)
-  with_attention(arch, config.model, mesh)
+  with_attention(arch, config, mesh)
   optim.make(config.optim, 1, arch.stacks)
 
 

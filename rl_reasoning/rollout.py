@@ -84,8 +84,11 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   logits = model.logits(last, sharding.whole_embed(model.head(params), ('vocab', 'embed')), arch.final_logit_softcapping)
   logits = sharding.constrain(logits, 'rollout_rows', 'vocab')
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
-  none = [None if x is None else jnp.zeros((B, G, 0, *x.shape[3:]), decoder.dtype) for x in (k, v)]
-  empty = kv_cache.of(none[0], none[1], decoder.cache_dtype)
+
+  def none_of(x):
+    return jnp.zeros((B, G, 0, *x.shape[3:]), decoder.dtype)
+
+  empty = kv_cache.of(none_of(k), None if v is None else none_of(v), decoder.cache_dtype)
   chosen = None
   if decoder.records:
     prompts = jnp.moveaxis(jnp.asarray(kept.chosen), 0, 2)

@@ -143,7 +143,7 @@ def test_choice(wanted, platform, arch, dtype, found):
   """Failure: the code is that of another machine than the mesh's, a model gets a kernel that cannot compute it, or what was asked for is
   replaced without a word."""
   mesh: Any = SimpleNamespace(devices=np.array([[SimpleNamespace(platform=platform)]]))
-  settings = config.Model(attention=wanted, dtype=dtype)
+  settings = config.Config(model=config.Model(attention=wanted, dtype=dtype))
   if ' ' in found:
     with pytest.raises(config.ConfigError, match=f"config key 'model.attention': '{wanted}'.*{found}"):
       resolution.with_attention(arch, settings, mesh)
