@@ -278,7 +278,7 @@ def encode(run: Run, rows: Sequence[dict]) -> Batch:
   return preferences.encode_preferences(rows, reads, run.tokenizer, template, limits.max_length, limits.overlong, size)
 
 
-def drawn_rows(run: Run, draw: Callable, cursor: Mapping[str, Any], size: int) -> tuple[Batch, dict[str, Any]]:
+def drawn_rows(run: Run, draw: Callable, cursor: dict[str, Any], size: int) -> tuple[Batch, dict[str, Any]]:
   """(the encoded rows of this process of the next `size` rows of data, next cursor). KTO's mismatched completions are those of
   neighbours, wherever they belong: of them every process reads all rows, and keeps its own."""
   own, neighbours = sharding.own(run.mesh, size), run.objective.reads == 'unpaired'

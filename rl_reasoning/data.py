@@ -258,7 +258,7 @@ class Train:
     slots = range(cursor['drawn'], cursor['drawn'] + size)
     return (random.Random(f'mixture/{self.seed}/{slot}').choices(names, shares)[0] for slot in slots)
 
-  def draw(self, cursor: Mapping[str, Any], size: int, chosen: Sequence[int] | None = None) -> tuple[list[dict], dict[str, Any]]:
+  def draw(self, cursor: Mapping[str, Any], size: int, chosen: Iterable[int] | None = None) -> tuple[list[dict], dict[str, Any]]:
     """(rows, next cursor). Two draws give what one of their sizes together gives, unless pass rates are observed in between. Of the rows
     only the `chosen` ones are read; the cursor is the same."""
     after, wanted = dict(cursor), range(size) if chosen is None else [int(i) for i in chosen]
@@ -280,7 +280,7 @@ class Train:
     return [tagged(row, name) if self.mixed else row for name, some in rows.items() for row in some]
 
   def draw_pretrain(
-    self, cursor: Mapping[str, Any], size: int, chosen: Sequence[int] | None = None
+    self, cursor: Mapping[str, Any], size: int, chosen: Iterable[int] | None = None
   ) -> tuple[list[dict], dict[str, Any]]:
     """As `draw`, of the second stream."""
     assert self.pretrain is not None

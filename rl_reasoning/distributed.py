@@ -37,7 +37,7 @@ PIECE = 2**20  # bytes of one message to the coordinator
 turns = itertools.count()  # numbers the exchanges, equal on all processes
 
 
-def client():
+def client() -> Any:
   """Of the coordination service; None in a run of one process."""
   from jax._src import distributed
 

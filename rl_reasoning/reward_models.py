@@ -149,7 +149,7 @@ def score_texts(
   while start < len(longest):
     size = max(1, min(ROWS, TOKENS // sharding.size_class(int(longest[start]))))
     size = -(-size // devices) * devices
-    size = size if mesh is None else len(sharding.own(mesh, size))
+    size = len(sharding.own(mesh, size))
     some = order[start : start + size]
     batch = pad_rows([(ids[n], [0] * len(ids[n])) for n in some] + [([], [])] * (size - len(some)), np.arange(size))
     batch = batch if mesh is None else sharding.put_batch(mesh, batch)
@@ -240,7 +240,7 @@ def known_rewards(
         check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
       safety_N = np.asarray([bool(mark) for mark in marks])
       of_rows = [score_MN.T, (has_MN & speaks[name]).T, safety_N]
-      together = c.rule == 'llama2' and whitened and mesh is not None  # over the rows of all processes
+      together = c.rule == 'llama2' and whitened  # over the rows of all processes
       score_NM, has_NM, safety_N = [sharding.all_rows(mesh, x) for x in of_rows] if together else of_rows
       score_N, has_N = combine(c.rule, score_NM.T, has_NM.T, safety_N, c.k, c.threshold, whitened)
       if together:

@@ -89,9 +89,9 @@ def check_processes(mesh: Mesh) -> None:
   check(len(counts) == 1, text)
 
 
-def own(mesh: Mesh, count: int, process: int | None = None) -> np.ndarray:
+def own(mesh: Mesh | None, count: int, process: int | None = None) -> np.ndarray:
   """Which of `count` rows (or prompts) a process reads, rolls out and judges: those of its shards, ascending. Default: this one."""
-  if distributed.count() == 1:
+  if mesh is None or distributed.count() == 1:
     return np.arange(count)
   size = count // axis_size(mesh, 'rows')
   shards = shards_held(mesh, distributed.index() if process is None else process)
@@ -103,10 +103,10 @@ def whole(mesh: Mesh, rows: int) -> int:
   return rows if distributed.count() == 1 else rows * axis_size(mesh, 'rows') // len(shards_held(mesh, distributed.index()))
 
 
-def all_rows(mesh: Mesh, x: np.ndarray) -> np.ndarray:
+def all_rows(mesh: Mesh | None, x: Array) -> np.ndarray:
   """[own rows, ...] numbers -> [N, ...] on every process. Where several hold a row, the first one counts for all: a time-out makes one
   verdict, not two."""
-  if distributed.count() == 1:
+  if mesh is None or distributed.count() == 1:
     return np.asarray(x)
   N, parts = whole(mesh, len(x)), distributed.gather(x)
   result = np.empty((N, *parts.shape[2:]), parts.dtype)
