@@ -28,7 +28,7 @@ import numpy as np
 from rl_reasoning.config import ConfigError, check, differences
 
 FLAGS = ('distributed', 'coordinator', 'processes', 'process')
-HEARTBEAT_S = 25  # without a sign of life, so that a dead process has ended the others within a minute; JAX's default is 100
+HEARTBEAT_S = 40  # without a sign of life, so that a dead process has ended the others within a minute; JAX's default is 100
 HANG_S = 600  # without progress: more than a program takes to compile
 GOODBYE_S = 5  # that a process which fails leaves the others to tell their own error
 WAIT_MS = 24 * 3600 * 1000  # who waits for one that died is ended by the heartbeat
@@ -96,6 +96,7 @@ def initialize(flags: Mapping[str, str]) -> None:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_S)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f'the processes of the run did not find each other: {error}') from None
+  jax.config.update('jax_cpu_enable_async_dispatch', False)  # two programs in flight could wait for each other's peers
   Watch(HANG_S).start()
 
 
@@ -210,16 +211,17 @@ def ended(run: Callable[[], int]) -> int:
   Among several processes one that fails tells why and is gone: Python's own end would wait for the others, who wait for it in a collective.
   The heartbeat ends them.
   """
+  hint = ''
   try:
     code = run()
   except BaseException:
     if count() == 1:
       raise
     traceback.print_exc()
-    code = 1
+    code, hint = 1, '; where the error is that of a collective, another process has died before: see what that one tells'
   if code in (0, 42) or count() == 1:
     return code
-  print(f'process {index()} of {count()} ends with code {code}', file=sys.stderr, flush=True)
+  print(f'process {index()} of {count()} ends with code {code}{hint}', file=sys.stderr, flush=True)
   with contextlib.suppress(Exception):  # where all fail alike, each has told so before the first is gone
     client().wait_at_barrier('rl_reasoning/goodbye', GOODBYE_S * 1000)
   sys.stdout.flush()

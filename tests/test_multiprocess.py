@@ -203,6 +203,21 @@ def test_other_code_or_config_is_refused(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_what_differs_is_named(monkeypatch):
+  """Failure: of many hosts the one with old code must be looked for by hand."""
+  ours = {'config': {'optim': {'learning_rate': 1.0}}, 'code': 'abc'}
+  told = [ours, ours, {**ours, 'code': 'abd'}, {'config': {'optim': {'learning_rate': 2.0}}, 'code': 'abc'}]
+  monkeypatch.setattr(distributed, 'exchange', lambda name, text: [json.dumps(one) for one in told])
+  with pytest.raises(ConfigError) as caught:
+    distributed.check_same(ours)
+  assert str(caught.value).splitlines() == [
+    'process 2 runs with another code than process 0: abc and abd',
+    '  process 3 runs with another config than process 0: optim.learning_rate: 1.0 -> 2.0',
+  ]
+  told[2:] = [ours, ours]
+  distributed.check_same(ours)
+
+
 def wait_until(ready, limit_s: float) -> None:
   end = time.time() + limit_s
   while not ready():
