@@ -38,10 +38,10 @@ from rl_reasoning.tokenizer import Tokenizer, after_thinking, render_completion,
 
 
 class Source(Sequence):
-  """Prepared rows: `len(source)` and `source[i]` -> dict."""
+  """Prepared rows: `len(source)` and `source[i]` -> dict. `name` tells the split and a hash of all that they depend on."""
 
-  def __init__(self, records):
-    self.records = records
+  def __init__(self, records, name: str = ''):
+    self.records, self.name = records, name
 
   def __len__(self) -> int:
     return len(self.records)
@@ -162,7 +162,7 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
         raise
   read: Any = Rows(iter(()), data_dir=folder).as_data_source
   try:
-    source = Source(read('rows'))
+    source = Source(read('rows'), folder.name)
     _ = source[0], source[len(source) - 1]
   except Exception as error:  # a file that was cut or damaged: array_record and TFDS raise all kinds
     raise ConfigError(f'{folder} is damaged (delete it, and it is made again): {type(error).__name__}: {error}') from error

@@ -203,6 +203,10 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
   with jax.set_mesh(run.mesh):
     rows = data.open_train(config.data, config.seed)
     problems = evaluators.test_problems(run) if chosen else {}
+    if distributed.count() > 1:  # files of one name may hold other rows on another host
+      sources = {**rows.sources, 'pretrain': rows.pretrain}
+      names = {name: source.name for name, source in sources.items() if source is not None}
+      distributed.check_same({'training data': names, 'test data': {n: config_lib.digest(p) for n, p in problems.items()}})
     if distributed.from_main(lambda: overwrite or not (root_dir / 'config.json').exists()):
       check_rows(run, rows)
       if chosen:
@@ -210,8 +214,8 @@ def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, ove
     state = run.init()
     state = state.replace(cursor={**rows.first(), **state.cursor})
     distributed.from_main(lambda: open_workdir(root_dir, config, overwrite))
-    shared = (root_dir / 'config.json').exists()
-    check(shared, f'--workdir={workdir}: what the first process has written there, process {distributed.index()} does not see')
+    for process, sees in enumerate(distributed.exchange('sees', str((root_dir / 'config.json').exists()))):
+      check(sees == 'True', f'--workdir={workdir}: what the first process has written there, process {process} does not see')
     finished = root_dir / 'summary.json'
     if (summary := distributed.from_main(lambda: read_json(finished) if finished.exists() else None)) is not None:
       return summary
