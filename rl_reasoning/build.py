@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import lora, model, optim, resolution, reward_models, sharding, stored, tokenizer, train_step
+from rl_reasoning import distributed, lora, model, optim, resolution, reward_models, sharding, stored, tokenizer, train_step
 from rl_reasoning.config import Config, ConfigError, Role, Teacher, check, one_line, reward_roles
 from rl_reasoning.model import Arch
 from rl_reasoning.reward_models import RewardModel
@@ -131,6 +131,9 @@ def build(
   chosen = dataclasses.replace(config.optim, frozen_layers=0) if adapted else config.optim
   mesh = resolution.make_mesh(config, devices)
   resolution.check_sizes(config, objective, mesh)
+  sharding.check_processes(mesh)
+  alone = distributed.count() == 1 or not config.optim.cache_features
+  check(alone, "config key 'optim.cache_features': what is remembered is remembered by one process, and there are several")
   tok = load_tokenizer(config.roles.policy, arch)
   if config.roles.policy.init and (rows := stored.read_arch(config.roles.policy.init).vocab_size) < arch.vocab_size:
     print(

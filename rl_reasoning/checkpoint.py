@@ -172,7 +172,7 @@ def open_item(workdir: str, item: str) -> tuple[ocp.CheckpointManager, int, dict
 
 
 def on_one_device(tree: PyTree) -> PyTree:
-  single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=single), tree)
 
 

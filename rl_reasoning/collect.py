@@ -1,15 +1,28 @@
-"""One step's rows: from data, or prompts -> rollouts -> rewards -> Batch, or both side by side."""
+"""One step's rows: from data, or prompts -> rollouts -> rewards -> Batch, or both side by side.
+
+Of several processes each draws, encodes, rolls out and judges its own prompts (`sharding.own`), and all know the lengths and scores of all.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rl_reasoning import advantages, config as config_lib, data, preferences, reward_models, rewards, rollout, sharding
+from rl_reasoning import (
+  advantages,
+  config as config_lib,
+  data,
+  distributed,
+  preferences,
+  reward_models,
+  rewards,
+  rollout,
+  sharding,
+)
 from rl_reasoning.build import Run
 from rl_reasoning.config import check
 from rl_reasoning.metrics import PhaseTimer
@@ -26,7 +39,7 @@ class Collected(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """Groups of completions with what the reward functions say of them. The first two count prompts, the others completions."""
+  """Groups of this process, with what the reward functions say of them. The first two count prompts, the others completions."""
 
   rows: list[dict]
   prompts: list[list[int]]
@@ -107,17 +120,20 @@ def judging(run: Run) -> tuple[str, ...]:
   return run.config.rewards.functions if reads_rewards(run.objective) else ()
 
 
-def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: jax.Array, timer: PhaseTimer) -> Judged:
-  """Rolls out, decodes and judges. `first_id` counts the step's prompts, so that no two of them share random numbers."""
+def roll_out(
+  run: Run, state: TrainState, rows: list[dict], numbers: Sequence[int], key: jax.Array, timer: PhaseTimer
+) -> tuple[Judged, rewards.Scores]:
+  """(groups of this process: rolled out, decoded and judged; the scores of all processes). `numbers` count the step's prompts, so that no
+  two of them share random numbers."""
   config, tok, group = run.config, run.tokenizer, run.objective.sources['rollout']
   template = config.roles.policy.template
   prompts = data.encode_prompts(rows, tok, template, config.data.max_prompt_length)
   with timer('rollout') as phase:
     rolled = rollout.generate(
       run.weights(state)[0], run.arch, prompts, settings=config.rollout, group=group, end_ids=tok.end_ids, key=key,
-      dtype=config.model.dtype, mesh=run.mesh, prompt_ids=range(first_id, first_id + len(rows)), records=run.replays,
+      dtype=config.model.dtype, mesh=run.mesh, prompt_ids=numbers, records=run.replays,
     )  # fmt: skip
-    phase.tokens = int(rolled.length_N.sum())
+    phase.tokens = int(sharding.all_rows(run.mesh, rolled.length_N).sum())
   with timer('reward'):
     ids = [rolled.tokens_NC[n, : rolled.length_N[n]].tolist() for n in range(len(rolled.length_N))]
     texts = [tok.decode(i) for i in ids]
@@ -134,13 +150,15 @@ def roll_out(run: Run, state: TrainState, rows: list[dict], first_id: int, key: 
       functions, r.on_error, questions, answers, ids, columns, options=r.options, timeout=r.timeout,
       max_completion_length=config.rollout.max_completion_length, known=known, routes=routes,
     )  # fmt: skip
-  return Judged(rows, prompts, asked, texts, rolled, scores)
+    of_all = rewards.Scores(*(sharding.all_rows(run.mesh, x) for x in scores))
+    own = sharding.own(run.mesh, len(of_all.values_NR))
+  return Judged(rows, prompts, asked, texts, rolled, rewards.Scores(*(x[own] for x in of_all))), of_all
 
 
-def has_spread(run: Run, judged: Judged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def has_spread(run: Run, scores: rewards.Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(spread_B, reward_N, has_reward_N): whether the weighted rewards of a group differ."""
   given, group = run.objective.given, run.objective.num_generations
-  reward, has = advantages.combine_rewards(*judged.scores, given.reward_weights, group)
+  reward, has = advantages.combine_rewards(*scores, given.reward_weights, group)
   spread = advantages.group_statistics(reward, has, group)[2]
   return np.asarray(spread[:, 0]), np.asarray(reward), np.asarray(has)
 
@@ -152,6 +170,20 @@ def refill_size(wanted: int, rate: float, size: int, devices: int) -> int:
   return fits[0] if fits else size
 
 
+def regrouped(run: Run, judged: Judged, ids: Sequence[int], holders: Mapping[int, set[int]], order: Sequence[int]) -> Judged:
+  """This process's share of `order`, the groups of the step; it has those of `ids`. A group that was rolled out elsewhere comes from the
+  first of its `holders`, processes by id; the others stay where they are."""
+  at, here = {i: n for n, i in enumerate(ids)}, distributed.index()
+  places = [[order[b] for b in sharding.own(run.mesh, len(order), process)] for process in range(distributed.count())]
+  outgoing = {
+    process: {i: judged.take([at[i]]) for i in wanted if process not in holders[i] and min(holders[i]) == here}
+    for process, wanted in enumerate(places)
+  }
+  for i, group in distributed.move(outgoing, [i for i in places[here] if i not in at]).items():
+    at[i], judged = len(at), judged.join(group)
+  return judged.take([at[i] for i in places[here]])
+
+
 def accepted_groups(
   run: Run, train: data.Train, state: TrainState, cursor: dict[str, Any], key: jax.Array, timer: PhaseTimer
 ) -> tuple[Judged, dict[str, Any], dict[str, Mean]]:
@@ -159,39 +191,48 @@ def accepted_groups(
   drawn for the rest, at most `max_refills` times; then groups without spread fill up, which prepare masks."""
   B = run.config.data.batch_size
   devices = sharding.axis_size(run.mesh, 'rows')
-  kept, spare, drawn, refills, paid, judged = None, None, 0, -1, 0.0, 0.0
+  mine, ids, holders = None, [], {}  # the groups here; for every id the processes that hold its group
+  good, spare, drawn, refills, paid, judged = [], [], 0, -1, 0.0, 0.0
   while True:
-    size = refill_size(B - len(kept.rows), len(kept.rows) / drawn, B, devices) if kept else B
+    size = refill_size(B - len(good), len(good) / drawn, B, devices) if drawn else B
     with timer('data'):
-      rows, cursor = train.draw(cursor, size)
-    got = roll_out(run, state, rows, drawn, key, timer)
-    cursor = observed(train, cursor, run, got)
-    spread, reward, has = has_spread(run, got)
+      own = sharding.own(run.mesh, size)
+      rows, cursor = train.draw(cursor, size, own)
+    got, scores = roll_out(run, state, rows, (drawn + own).tolist(), key, timer)
+    cursor = observed(train, cursor, run, got.rows, scores)
+    spread, reward, has = has_spread(run, scores)
+    for process in range(distributed.count()):
+      for b in sharding.own(run.mesh, size, process):
+        holders.setdefault(drawn + int(b), set()).add(process)
+    mine, ids = mine.join(got) if mine else got, ids + (drawn + own).tolist()
+    good += (drawn + np.flatnonzero(spread)).tolist()
+    spare += (drawn + np.flatnonzero(~spread)).tolist()
     drawn, refills, paid, judged = drawn + size, refills + 1, paid + float((reward * has).sum()), judged + float(has.sum())
-    good, rest = got.take(np.flatnonzero(spread).tolist()), got.take(np.flatnonzero(~spread).tolist())
-    kept, spare = (kept.join(good), spare.join(rest)) if kept and spare else (good, rest)
-    if len(kept.rows) >= B or refills == run.objective.max_refills:
+    if len(good) >= B or refills == run.objective.max_refills:
       break
-  found = len(kept.rows)
   metrics = {
     'dynamic_sampling/refills': Mean(refills, 1),
     'dynamic_sampling/drawn_prompts': Mean(drawn, 1),
-    'dynamic_sampling/accepted_ratio': Mean(found, drawn),
-    'dynamic_sampling/unfilled_groups': Mean(max(0, B - found), 1),
+    'dynamic_sampling/accepted_ratio': Mean(len(good), drawn),
+    'dynamic_sampling/unfilled_groups': Mean(max(0, B - len(good)), 1),
     'dynamic_sampling/reward_of_all': Mean(paid, judged),  # `reward` speaks of the rows that are kept
   }
-  return kept.join(spare).take(range(B)), cursor, metrics
+  return regrouped(run, mine, ids, holders, (good + spare)[:B]), cursor, metrics
 
 
-def observed(train: data.Train, cursor: dict[str, Any], run: Run, judged: Judged) -> dict[str, Any]:
-  """The cursor with the pass rates that a curriculum goes by: each prompt's mean accuracy."""
+def observed(train: data.Train, cursor: dict[str, Any], run: Run, rows: list[dict], scores: rewards.Scores) -> dict[str, Any]:
+  """The cursor with the pass rates that a curriculum goes by: each prompt's mean accuracy. Rows are this process's, scores all."""
   if not train.adapts:
     return cursor
   column = run.config.rewards.functions.index('accuracy')
   group = run.objective.num_generations
-  values, has = judged.scores.values_NR[:, column].reshape(-1, group), judged.scores.has_NR[:, column].reshape(-1, group)
+  values, has = scores.values_NR[:, column].reshape(-1, group), scores.has_NR[:, column].reshape(-1, group)
   correct = [float(v[h].mean()) if h.any() else None for v, h in zip(values, has, strict=True)]
-  return train.observe(cursor, judged.rows, correct)
+  if distributed.count() > 1:
+    tasks = list(train.sources)
+    own = np.asarray([tasks.index(row['dataset']) for row in rows])
+    rows = [{'dataset': tasks[i]} for i in sharding.all_rows(run.mesh, own)]
+  return train.observe(cursor, rows, correct)
 
 
 def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
@@ -202,11 +243,13 @@ def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, 
     judged, cursor, metrics = accepted_groups(run, train, state, state.cursor, key, timer)
   else:
     with timer('data'):
-      rows, cursor = train.draw(state.cursor, config.data.batch_size)
-    judged = roll_out(run, state, rows, 0, key, timer)
-    cursor = observed(train, cursor, run, judged)
+      own = sharding.own(run.mesh, config.data.batch_size)
+      rows, cursor = train.draw(state.cursor, config.data.batch_size, own)
+    judged, scores = roll_out(run, state, rows, own.tolist(), key, timer)
+    cursor = observed(train, cursor, run, judged.rows, scores)
   (values, has, failed), names = judged.scores, judging(run)
   batch = to_batch(judged.prompts, judged.rolled, run.objective.sources['rollout'])
+  batch = batch.replace(group_N=sharding.own(run.mesh, config.data.batch_size)[batch.group_N].astype(np.int32))
   if names:
     batch = batch.replace(
       rewards_NR=values.astype(np.float32), has_reward_NR=has.astype(np.float32), failed_NR=failed.astype(np.float32)
@@ -225,7 +268,7 @@ def from_policy(run: Run, train: data.Train, state: TrainState, key: jax.Array, 
 
 
 def encode(run: Run, rows: Sequence[dict]) -> Batch:
-  """Rows of data as the objective reads them, numpy."""
+  """Rows of data as the objective reads them, numpy. `group_N` counts from the first of them."""
   config, reads = run.config, run.objective.reads
   template, limits = config.roles.policy.template, config.data
   if reads in ('demonstrations', 'text'):
@@ -233,6 +276,18 @@ def encode(run: Run, rows: Sequence[dict]) -> Batch:
     return data.encode_sft(rows, run.tokenizer, template, limits.max_length, whole)
   size = run.objective.rows_together
   return preferences.encode_preferences(rows, reads, run.tokenizer, template, limits.max_length, limits.overlong, size)
+
+
+def drawn_rows(run: Run, draw: Callable, cursor: dict[str, Any], size: int) -> tuple[Batch, dict[str, Any]]:
+  """(the encoded rows of this process of the next `size` rows of data, next cursor). KTO's mismatched completions are those of
+  neighbours, wherever they belong: of them every process reads all rows, and keeps its own."""
+  own, neighbours = sharding.own(run.mesh, size), run.objective.reads == 'unpaired'
+  rows, cursor = draw(cursor, size, None if neighbours else own)
+  batch = encode(run, rows)
+  if neighbours:
+    n = sharding.own(run.mesh, batch.tokens.shape[0])
+    return jax.tree.map(lambda x: x[n], batch), cursor
+  return batch.replace(group_N=own[batch.group_N].astype(np.int32)), cursor
 
 
 def remembered(run: Run, params: PyTree, batch: Batch) -> Batch:
@@ -244,23 +299,19 @@ def beside(rolled: Batch, other: Batch, prompts: int) -> Batch:
   """Rows of rollouts and rows of data, those of a prompt adjacent: its completions, then its share of the others. What only completions
   have is 0 in the others; experts are -1, not known."""
   T = max(rolled.tokens.shape[1], other.tokens.shape[1])
+  rolled, other = sharding.widened(rolled, T), sharding.widened(other, T)
+
+  def together(a, b):
+    return np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
 
   def join(name: str) -> Any:
     a, b = getattr(rolled, name), getattr(other, name)
-    if a is None:
-      return None
-    if b is None:
-      b = np.zeros((other.tokens.shape[0], *(other.tokens.shape[1:] if name.endswith('_NT') else a.shape[1:])), a.dtype)
-    if name == 'tokens' or name.endswith('_NT'):
-      a, b = (np.pad(x, ((0, 0), (0, T - x.shape[1]))) for x in (a, b))
-    return np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
+    return a if a is None else together(a, np.zeros((other.tokens.shape[0], *a.shape[1:]), a.dtype) if b is None else b)
 
   extras = {}
   if 'chosen' in rolled.extras:
     a = rolled.extras['chosen']
-    a = np.pad(a, ((0, 0), (0, T - a.shape[1]), (0, 0), (0, 0)), constant_values=-1)
-    b = np.full((other.tokens.shape[0], *a.shape[1:]), -1, a.dtype)
-    extras['chosen'] = np.concatenate([x.reshape(prompts, -1, *x.shape[1:]) for x in (a, b)], axis=1).reshape(-1, *a.shape[1:])
+    extras['chosen'] = together(a, np.full((other.tokens.shape[0], *a.shape[1:]), -1, a.dtype))
   return Batch(**{name: join(name) for name in vars(rolled) if name != 'extras'}, extras=extras)
 
 
@@ -299,22 +350,23 @@ def check_rows(run: Run, train: data.Train) -> None:
 
 
 def collect(run: Run, train: data.Train, state: TrainState, key: jax.Array, timer: PhaseTimer) -> Collected:
-  """The rows of the step after `state`, a function of (state, key) alone."""
+  """The rows of the step after `state`, a function of (state, key) alone. Samples are those of this process."""
   config, sources = run.config, run.objective.sources
   if 'rollout' in sources:
     got = from_policy(run, train, state, key, timer)
     if 'data' in sources:
       draw = train.draw if train.pretrain is None else train.draw_pretrain
       with timer('data'):
-        rows, cursor = draw(got.cursor, config.data.batch_size * sources['data'])
-      got = got._replace(batch=beside(got.batch, encode(run, rows), config.data.batch_size), cursor=cursor)
+        batch, cursor = drawn_rows(run, draw, got.cursor, config.data.batch_size * sources['data'])
+      prompts = len(sharding.own(run.mesh, config.data.batch_size))
+      got = got._replace(batch=beside(got.batch, batch, prompts), cursor=cursor)
   else:
     with timer('data'):
-      rows, cursor = train.draw(state.cursor, config.data.batch_size * (imitated(run.objective) or 1))
-      batch = encode(run, rows)
+      batch, cursor = drawn_rows(run, train.draw, state.cursor, config.data.batch_size * (imitated(run.objective) or 1))
     if run.features is not None:
       with timer('features'):
         batch = remembered(run, state.params['policy'], batch)
     got = Collected(batch, cursor, [], {})
-  tokens = state.cursor['num_tokens'] + int(np.sum(got.batch.segment_NT > 0))
-  return got._replace(batch=sharding.put_rows(run.mesh, got.batch), cursor={**got.cursor, 'num_tokens': tokens})
+  length_N = sharding.all_rows(run.mesh, np.sum(got.batch.segment_NT > 0, axis=1))
+  tokens = state.cursor['num_tokens'] + int(length_N.sum())
+  return got._replace(batch=sharding.put_batch(run.mesh, got.batch), cursor={**got.cursor, 'num_tokens': tokens})

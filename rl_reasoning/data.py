@@ -38,10 +38,10 @@ from rl_reasoning.tokenizer import Tokenizer, after_thinking, render_completion,
 
 
 class Source(Sequence):
-  """Prepared rows: `len(source)` and `source[i]` -> dict."""
+  """Prepared rows: `len(source)` and `source[i]` -> dict. `name` tells the split and a hash of all that they depend on."""
 
-  def __init__(self, records):
-    self.records = records
+  def __init__(self, records, name: str = ''):
+    self.records, self.name = records, name
 
   def __len__(self) -> int:
     return len(self.records)
@@ -162,17 +162,22 @@ def load(data: Data, split: str, seed: int, size: int | None) -> Source:
         raise
   read: Any = Rows(iter(()), data_dir=folder).as_data_source
   try:
-    source = Source(read('rows'))
+    source = Source(read('rows'), folder.name)
     _ = source[0], source[len(source) - 1]
   except Exception as error:  # a file that was cut or damaged: array_record and TFDS raise all kinds
     raise ConfigError(f'{folder} is damaged (delete it, and it is made again): {type(error).__name__}: {error}') from error
   return source
 
 
-def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict], int]:
-  """(rows, next cursor): rows cursor .. cursor + size of an endless stream, shuffled anew every epoch."""
+def taken(source: Source, cursor: int, chosen: Iterable[int], seed: int) -> list[dict]:
+  """The rows at `chosen`, counted from the cursor, of an endless stream that is shuffled anew every epoch."""
   stream: Any = source.shuffled(seed)
-  return [stream[i] for i in range(cursor, cursor + size)], cursor + size
+  return [stream[cursor + int(i)] for i in chosen]
+
+
+def batch(source: Source, cursor: int, size: int, seed: int) -> tuple[list[dict], int]:
+  """(rows, next cursor): the next `size` rows of the stream."""
+  return taken(source, cursor, range(size), seed), cursor + size
 
 
 def with_component(data: Data, component: Component) -> Data:
@@ -253,29 +258,34 @@ class Train:
     slots = range(cursor['drawn'], cursor['drawn'] + size)
     return (random.Random(f'mixture/{self.seed}/{slot}').choices(names, shares)[0] for slot in slots)
 
-  def draw(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
-    """(rows, next cursor). Two draws give what one of their sizes together gives, unless pass rates are observed in between."""
-    after = dict(cursor)
+  def draw(self, cursor: Mapping[str, Any], size: int, chosen: Iterable[int] | None = None) -> tuple[list[dict], dict[str, Any]]:
+    """(rows, next cursor). Two draws give what one of their sizes together gives, unless pass rates are observed in between. Of the rows
+    only the `chosen` ones are read; the cursor is the same."""
+    after, wanted = dict(cursor), range(size) if chosen is None else [int(i) for i in chosen]
     if not self.mixed:
-      rows, after['train'] = batch(self.sources[''], cursor['train'], size, self.seed)
-      return rows, after
-    rows = []
-    for name in self.draw_names(cursor, size):
-      (row,), after[f'train/{name}'] = batch(self.sources[name], after[f'train/{name}'], 1, self.seed)
-      rows.append(tagged(row, name))
+      after['train'] += size
+      return taken(self.sources[''], cursor['train'], wanted, self.seed), after
+    rows, read = {}, set(wanted)
+    for slot, name in enumerate(self.draw_names(cursor, size)):
+      if slot in read:
+        (row,) = taken(self.sources[name], after[f'train/{name}'], (0,), self.seed)
+        rows[slot] = tagged(row, name)
+      after[f'train/{name}'] += 1
     after['drawn'] += size
-    return rows, after
+    return [rows[slot] for slot in wanted], after
 
   def whole(self) -> list[dict]:
     """Every row of every task once, in the order in which it would be drawn of its task."""
     rows = {name: batch(source, 0, len(source), self.seed)[0] for name, source in self.sources.items()}
     return [tagged(row, name) if self.mixed else row for name, some in rows.items() for row in some]
 
-  def draw_pretrain(self, cursor: Mapping[str, Any], size: int) -> tuple[list[dict], dict[str, Any]]:
-    """(rows of the second stream, next cursor)."""
+  def draw_pretrain(
+    self, cursor: Mapping[str, Any], size: int, chosen: Iterable[int] | None = None
+  ) -> tuple[list[dict], dict[str, Any]]:
+    """As `draw`, of the second stream."""
     assert self.pretrain is not None
-    rows, after = batch(self.pretrain, cursor['pretrain'], size, self.seed)
-    return rows, {**cursor, 'pretrain': after}
+    rows = taken(self.pretrain, cursor['pretrain'], range(size) if chosen is None else chosen, self.seed)
+    return rows, {**cursor, 'pretrain': cursor['pretrain'] + size}
 
   def observe(self, cursor: Mapping[str, Any], rows: Sequence[dict], correct: Sequence[float | None]) -> dict[str, Any]:
     """The cursor with the pass rates after a measurement: `correct` is in [0, 1] for each row (a mean over its completions), or None."""

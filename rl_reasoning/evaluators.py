@@ -29,6 +29,7 @@ from rl_reasoning import (
   checkpoint,
   collect,
   data,
+  distributed,
   metrics,
   model,
   preemption,
@@ -168,10 +169,11 @@ def check_problems(
 
 
 def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evaluator, frozen: Mapping[str, PyTree]) -> None:
-  """Writes into the samples of whole problems what is said of them: answer, accuracy, format, rewards."""
+  """Writes into the samples of whole problems what is said of them: answer, accuracy, format, rewards. Of several processes each judges
+  its own, if only none: reward models read them together."""
   config = run.config
   given = [as_given(rows[s['problem']]['prompt'], s['prompt'], s['completion']) for s in samples]
-  asked, completions = map(list, zip(*given, strict=True))
+  asked, completions = [prompt for prompt, _ in given], [completion for _, completion in given]
   ids = [s['completion_ids'] for s in samples]
   columns = columns_of([rows[s['problem']] for s in samples])
   accuracy = REWARDS['accuracy_flexible'](asked, completions, ids, **columns)
@@ -188,8 +190,9 @@ def judge(run: Run, rows: Sequence[dict], samples: list[dict], evaluator: Evalua
   )  # fmt: skip
   weights = config.rewards.weights or (1.0,) * len(names)
   paid, has = np.zeros(len(samples)), np.zeros(len(samples))
-  if names:
-    paid, has = map(np.asarray, combine_rewards(*scores, weights, evaluator.num_samples))
+  if names and samples:
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1, jax.local_devices()[:1])):  # of these samples alone
+      paid, has = map(np.asarray, combine_rewards(*scores, weights, evaluator.num_samples))
   for i, (sample, right, form) in enumerate(zip(samples, accuracy, forms, strict=True)):
     sample.update(
       answer=extract_answer(from_thinking(sample['prompt'], sample['completion']), flexible=True),
@@ -209,12 +212,12 @@ def masked_logp(params: PyTree, arch: model.Arch, batch: Batch, temperature: Arr
 def divergence(
   run: Run, params: PyTree, other: PyTree, prompts: list[list[int]], rolled: Rolled, evaluator: Evaluator
 ) -> np.ndarray:
-  """[N]: log-probability of each completion under the policy less that under the other weights, at the sampling temperature: its mean is
-  the KL divergence."""
-  batch = sharding.put_rows(run.mesh, collect.to_batch(prompts, rolled, evaluator.num_samples).replace(logp_sample_NT=None))
+  """[own rows]: log-probability of each completion under the policy less that under the other weights, at the sampling temperature: its
+  mean is the KL divergence."""
+  batch = sharding.put_batch(run.mesh, collect.to_batch(prompts, rolled, evaluator.num_samples).replace(logp_sample_NT=None))
   dtype, temperature = run.config.model.dtype, jnp.float32(evaluator.temperature)
   ours, theirs = (masked_logp(p, run.arch, batch, temperature, dtype).sum(axis=1) for p in (params, other))
-  return np.asarray(ours - theirs)
+  return sharding.own_rows(run.mesh, ours - theirs)
 
 
 def identity(
@@ -284,13 +287,17 @@ def in_batches(
   title: str, make: Callable[[list[int]], list[dict]], problems: int, num_samples: int, batch_size: int, file: SampleFile | None
 ) -> list[dict]:
   """The samples of all problems, in order, `num_samples` of each: what `make` gives for the numbers of up to `batch_size` problems,
-  batch by batch into the file, from which it goes on."""
+  batch by batch into the file, from which it goes on. Of several processes the first one has them, and the file; the others have none."""
   samples = [] if file is None else file.read(batch_size * num_samples, problems * num_samples)
-  for start in range(len(samples) // num_samples, problems, batch_size):
+  first = distributed.from_main(lambda: len(samples) // num_samples)
+  for start in range(first, problems, batch_size):
+    distributed.mark(title)
     clock = time.perf_counter()
     ids = list(range(start, min(start + batch_size, problems)))
     batch = make(ids)
     preemption.check()  # before the batch is kept: the signal may have ended those who judged it, too
+    if not distributed.is_main():
+      continue
     samples += batch
     seconds, done = time.perf_counter() - clock, ids[-1] + 1
     if file is not None:
@@ -301,11 +308,24 @@ def in_batches(
   return samples
 
 
+def collected(samples: list[dict]) -> list[dict]:
+  """On the first process the samples of all, by problem; on the others none. They go to that one alone."""
+  main = distributed.is_main()
+  others = range(1, distributed.count())
+  sent = distributed.move({} if main else {0: {distributed.index(): samples}}, others if main else ())
+  by_problem: dict[int, list[dict]] = {}
+  for some in (samples, *sent.values()) if main else ():
+    for problem, of_one in itertools.groupby(some, key=lambda s: s['problem']):
+      by_problem.setdefault(problem, list(of_one))
+  return [s for problem in sorted(by_problem) for s in by_problem[problem]]
+
+
 def sample_problems(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator, folder: epath.Path | None,
   frozen: Mapping[str, PyTree] | None = None,
 ) -> list[dict]:  # fmt: skip
-  """`num_samples` judged completions of each problem, in order; batch by batch into `folder`, from which it goes on.
+  """`num_samples` judged completions of each problem, in order; batch by batch into `folder`, from which it goes on. Every process samples
+  and judges its own problems of a batch, and the first one is told.
 
   Tokens are a function of (seed, problem, member): an evaluation repeats exactly. `frozen` holds the weights of reward models.
   """
@@ -325,20 +345,21 @@ def sample_problems(
     of = identity(run, int(checkpoint.fingerprint(params)), rows, evaluator, frozen)
     if other is not None:  # its path may hold other weights by the time that an evaluation goes on
       of['kl_to'] = int(checkpoint.fingerprint(other))
-    file = SampleFile(folder, name, of)
+    file = SampleFile(folder, name, of) if distributed.is_main() else None
 
   def make(ids: list[int]) -> list[dict]:
-    padded = ids + [ids[-1]] * (batch_size - len(ids))  # one compiled shape, and rows that divide over the mesh
+    own = sharding.own(run.mesh, batch_size).tolist()
+    padded = [ids[min(place, len(ids) - 1)] for place in own]  # one compiled shape, and rows that divide over the mesh
     rolled = rollout.generate(
       params, run.arch, [prompts[i] for i in padded], settings=settings, group=n, end_ids=tok.end_ids,
       key=jax.random.key(seed_of(config, evaluator)), dtype=config.model.dtype, mesh=run.mesh, prompt_ids=padded,
     )  # fmt: skip
     batch = []
-    for row in range(len(ids) * n):
+    for row in range(sum(place < len(ids) for place in own) * n):
       tokens = rolled.tokens_NC[row, : rolled.length_N[row]].tolist()
       batch.append({
-        'problem': ids[row // n],
-        'prompt': texts[ids[row // n]],
+        'problem': padded[row // n],
+        'prompt': texts[padded[row // n]],
         'completion': tok.decode(tokens),
         'completion_ids': tokens,
         'length': len(tokens),
@@ -348,7 +369,7 @@ def sample_problems(
       for sample, kl in zip(batch, divergence(run, params, other, [prompts[i] for i in padded], rolled, evaluator)):
         sample['kl'] = float(kl)
     judge(run, rows, batch, evaluator, frozen)
-    return batch
+    return collected(batch)
 
   return in_batches(f'eval {name}', make, len(rows), n, batch_size, file)
 
@@ -460,7 +481,7 @@ def rank(
     scores, rows, run.tokenizer, config.roles.policy.template, run.mesh, max_length=config.data.max_length,
     overlong=config.data.overlong, batch_size=config.eval.batch_size, prepare=lambda batch: collect.remembered(run, params, batch),
   )  # fmt: skip
-  if folder is not None:
+  if folder is not None and distributed.is_main():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f'{name}.jsonl').write_text(''.join(json.dumps(s) + '\n' for s in samples))
   return result, samples
@@ -470,11 +491,13 @@ def evaluate(
   run: Run, params: PyTree, rows: Sequence[dict], name: str, evaluator: Evaluator | RankingEvaluator, folder: epath.Path | None = None,
   frozen: Mapping[str, PyTree] | None = None,
 ) -> tuple[dict[str, Any], list[dict]]:  # fmt: skip
-  """(metrics, samples): of `measure`, those of each difficulty and data set under the column's name, or of `rank`. `check_problems` has
-  passed."""
+  """(metrics, samples): of `measure`, those of each difficulty and data set under the column's name, or of `rank`; what is measured on
+  samples, on the first process alone. `check_problems` has passed."""
   if isinstance(evaluator, RankingEvaluator):
     return rank(run, params, rows, name, frozen or {}, folder)
   samples = sample_problems(run, params, rows, name, evaluator, folder, frozen)
+  if not distributed.is_main():
+    return {}, []
   result = measure(samples, rows, evaluator)
   for column in COLUMNS:
     groups = collections.defaultdict(list)

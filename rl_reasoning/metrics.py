@@ -21,6 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import directory_check
 
+from rl_reasoning import distributed
 from rl_reasoning.config import ConfigError, check
 from rl_reasoning.structs import Max, Mean, Min, Sum
 
@@ -71,7 +72,7 @@ def mfu(flops: float, tokens: int, seconds: float) -> dict[str, float]:
 
 
 class PhaseTimer:
-  """with timer('rollout') as phase: ...; phase.tokens = n. Phases of one name add up."""
+  """with timer('rollout') as phase: ...; phase.tokens = n, of all processes. Phases of one name add up."""
 
   def __init__(self):
     self.seconds: dict[str, float] = {}
@@ -79,6 +80,7 @@ class PhaseTimer:
 
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[SimpleNamespace]:
+    distributed.mark(name)
     phase, start = SimpleNamespace(tokens=0), time.perf_counter()
     yield phase
     self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -234,6 +236,25 @@ class Writer:
   def close(self) -> None:
     self.progress.stop()
     self.board.file.close()
+
+
+class Silent(Writer):
+  """In the place of a Writer, where another process writes."""
+
+  def __init__(self, workdir: str):
+    self.workdir = epath.Path(workdir)
+
+  def write(self, step, metrics):
+    pass
+
+  def evaluation(self, step, evaluators):
+    pass
+
+  def completions(self, step, rows):
+    pass
+
+  def close(self):
+    pass
 
 
 CURVES = (

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -85,7 +86,8 @@ def score_units(
 ) -> list[dict[str, Array]]:  # fmt: skip
   """Of each row: present, scores and lengths of its responses ([size]), or present, and the scores of its steps.
 
-  Rows of about the same length share a batch, and every batch has `batch_size` units: few shapes to compile, little padding.
+  Rows of about the same length share a batch, and every batch has `batch_size` units: few shapes to compile, little padding. Of several
+  processes each puts its rows of a batch through the network, and all learn the scores.
   """
   whole = encode(rows)
   units = [{'present': whole.extras['present'][u * size : (u + 1) * size]} for u in range(len(rows))]
@@ -94,7 +96,9 @@ def score_units(
   for start in range(0, len(rows), batch_size):
     some = order[start : start + batch_size]
     batch = encode([rows[i] for i in some + some[-1:] * (batch_size - len(some))])
-    values = np.asarray(scores_fn(sharding.put_rows(mesh, prepare(batch))), np.float64)
+    own = sharding.own(mesh, batch.tokens.shape[0])
+    mine = jax.tree.map(lambda x: x[own], prepare(batch))  # noqa: B023  called here
+    values = sharding.all_rows(mesh, sharding.own_rows(mesh, scores_fn(sharding.put_rows(mesh, mine)))).astype(np.float64)
     if values.ndim == 2 and reads != 'steps':
       values = last_masked(values, np.asarray(batch.mask_NT))
     tokens = batch.mask_NT.sum(axis=1)

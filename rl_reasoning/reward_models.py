@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import model, preemption, sharding, tokenizer, weights
+from rl_reasoning import distributed, model, preemption, sharding, tokenizer, weights
 from rl_reasoning.advantages import EPSILON
 from rl_reasoning.config import Combination, ConfigError, Reward, check, one_line
 from rl_reasoning.data import pad_rows
@@ -143,19 +143,23 @@ def score_texts(
 
   `prompts` are those of the data, `completions` whole texts (or their steps), with the <think> that the policy's prompt has opened
   (`tokenizer.from_thinking`). Rows go through the network from the longest on, in micro-batches of one size a padded length, so that few
-  programs are compiled; with whom a row shares one changes its score by rounding only.
+  programs are compiled; with whom a row shares one changes its score by rounding only. Every process gives rows of its own, if only none.
   """
   ids = [encode(made, *row) for row in zip(prompts, completions, ended, strict=True)]
   order = sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: -len(ids[n]))
   score_N, has_N = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
-  while order:
+  longest = np.zeros(distributed.largest(len(order)), np.int64)  # of all processes, from the longest on
+  longest[: len(order)] = [len(ids[n]) for n in order]
+  longest, start = distributed.gather(longest).max(axis=0), 0
+  while start < len(longest):
     preemption.check()
-    size = rows_at_once(sharding.size_class(len(ids[order[0]])), mesh)
-    some, order = order[:size], order[size:]
+    size = len(sharding.own(mesh, rows_at_once(sharding.size_class(int(longest[start])), mesh)))
+    some = order[start : start + size]
     batch = pad_rows([(ids[n], [0] * len(ids[n])) for n in some] + [([], [])] * (size - len(some)), np.arange(size))
-    batch = batch if mesh is None else sharding.put_rows(mesh, batch)
-    score_N[some] = np.asarray(last_scores(params, batch, made.arch, made.dtype))[: len(some)]
+    batch = batch if mesh is None else sharding.put_batch(mesh, batch)
+    score_N[some] = sharding.own_rows(mesh, last_scores(params, batch, made.arch, made.dtype))[: len(some)]
     has_N[some] = True
+    start += size
   return np.where(has_N, score_N - np.float32(made.shift), np.float32(0)), has_N
 
 
@@ -239,7 +243,12 @@ def known_rewards(
       for mark in marks:
         check(mark in (None, False, True), f"column 'safety' of the data: {mark!r} is neither true nor false")
       safety_N = np.asarray([bool(mark) for mark in marks])
-      score_N, has_N = combine(c.rule, score_MN, has_MN & speaks[name], safety_N, c.k, c.threshold, whitened)
+      of_rows = [score_MN.T, (has_MN & speaks[name]).T, safety_N]
+      together = c.rule == 'llama2' and whitened  # over the rows of all processes
+      score_NM, has_NM, safety_N = [sharding.all_rows(mesh, x) for x in of_rows] if together else of_rows
+      score_N, has_N = combine(c.rule, score_NM.T, has_NM.T, safety_N, c.k, c.threshold, whitened)
+      if together:
+        score_N, has_N = (x[sharding.own(mesh, len(x))] for x in (score_N, has_N))
     elif name in models:
       score_N, has_N = scored(name)
       has_N = has_N & speaks[name]

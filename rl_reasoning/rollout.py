@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl_reasoning import attention, config as config_lib, decode_attention, kv_cache, model, preemption, rope, sampling, sharding
+from rl_reasoning import (
+  attention,
+  config as config_lib,
+  decode_attention,
+  distributed,
+  kv_cache,
+  model,
+  preemption,
+  rope,
+  sampling,
+  sharding,
+)
 from rl_reasoning.structs import Array, PyTree, Rollout
 
 PACE = 64  # tokens of a decode call: between two of them a rollout can be preempted
@@ -210,22 +221,22 @@ def decoding(
   if not all(len(p) for p in prompts):
     raise ValueError('rollout: a prompt has no token; a decoder needs at least one to continue')
   B, C = len(prompts), settings.max_completion_length
-  P = sharding.size_class(max(len(p) for p in prompts))
+  P = sharding.size_class(distributed.largest(max(len(p) for p in prompts)))
   tokens_BP, valid_BP = np.zeros((B, P), np.int32), np.zeros((B, P), np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BP[row, P - len(prompt) :], valid_BP[row, P - len(prompt) :] = prompt, 1
-  if u_BGC is None:
-    ids = np.asarray(range(B) if prompt_ids is None else prompt_ids, np.int32)
-    u_BGC = jax.jit(uniforms, static_argnums=(2, 3))(key, ids, group, C)
+  numbers = np.asarray(range(B) if prompt_ids is None else prompt_ids, np.int32) if u_BGC is None else u_BGC
   fuse = mesh is None or mesh.shape['tensor'] == 1
   if mesh is not None:
-    tokens_BP, valid_BP, u_BGC = sharding.put_rows(mesh, (tokens_BP, valid_BP, u_BGC))
+    tokens_BP, valid_BP, numbers = sharding.put_rows(mesh, (tokens_BP, valid_BP, numbers))
+  u_BGC = jax.jit(uniforms, static_argnums=(2, 3))(key, numbers, group, C) if u_BGC is None else numbers
   decoder = Decoder(arch, dtype, fuse, tuple(end_ids), settings, group, records)
   prompt_cache, state = prefill(params, decoder, tokens_BP, valid_BP, u_BGC)
   yield state
   weights = model.decode_weights(params, arch, dtype, fuse)
   size, full = settings.chunk, 0
   while (t := int(state.t)) < C and not bool(jnp.all(state.done)):
+    distributed.mark(f'rollout, token {t}')
     preemption.check()
     if t > full:
       full, size = min(size, C), 2 * size
@@ -249,7 +260,8 @@ def generate(
   u_BGC: Array | None = None,
   records: bool = False,
 ) -> Rollout:
-  """`group` completions of each prompt, as numpy arrays; row n belongs to prompt n // group.
+  """`group` completions of each prompt, as numpy arrays; row n belongs to prompt n // group. With a mesh over several processes, prompts
+  and completions are those of this one (`sharding.own`).
 
   `prompt_ids` (default: 0, 1, ...) with `key` fix the random numbers: a prompt keeps its tokens in whatever batch it sits. `u_BGC` are
   numbers in the place of those. `records`: also the experts of every token. Raises ValueError for an empty prompt, and where the prompts
@@ -261,12 +273,12 @@ def generate(
     u_BGC=u_BGC, pace=PACE, records=records,
   )  # fmt: skip
   state = collections.deque(states, maxlen=1).pop()
-  tokens, logp, done = jax.device_get((state.tokens, state.logp, state.done))
+  tokens, logp, done = sharding.own_rows(mesh, (state.tokens, state.logp, state.done))
   tokens, logp, done = tokens.reshape(B * group, C), logp.reshape(B * group, C), done.reshape(-1)
   length = np.where(done, 1 + np.argmax(np.isin(tokens, end_ids), axis=1), C).astype(np.int32)
   chosen = None
   if state.chosen is not None:
-    of_prompts, own = jax.device_get(state.chosen)
+    of_prompts, own = sharding.own_rows(mesh, state.chosen)
     own, chosen = own.reshape(B * group, *own.shape[2:]), np.empty(B * group, object)
     for n in range(B * group):
       prompt = of_prompts[n // group]

@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rl_reasoning import distributed
 from rl_reasoning.config import check
-from rl_reasoning.structs import Array, PyTree
+from rl_reasoning.structs import Array, Batch, PyTree
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor', 'expert')
 RULES = {
@@ -118,15 +119,93 @@ def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
   return constrain(x, *(None if axis == 'embed' else axis for axis in axes))
 
 
+def shards_held(mesh: Mesh, process: int) -> list[int]:
+  """The row shards on the devices of a process, ascending. Several processes hold the same ones where `tensor` goes over them."""
+  axes = [mesh.axis_names.index(a) for a in RULES['rows']]
+  devices = np.moveaxis(mesh.devices, axes, range(len(axes))).reshape(axis_size(mesh, 'rows'), -1)
+  return [shard for shard, some in enumerate(devices) if any(d.process_index == process for d in some)]
+
+
+def check_processes(mesh: Mesh) -> None:
+  """Raises ConfigError where processes would have rows of different number: what they tell each other is of one shape."""
+  counts = {len(shards_held(mesh, process)) for process in range(distributed.count())}
+  text = f"config key 'mesh.tensor': {mesh.shape['tensor']} cuts a process's devices, so that they hold parts of the rows of unequal number"
+  check(len(counts) == 1, text)
+
+
+def own(mesh: Mesh | None, count: int, process: int | None = None) -> np.ndarray:
+  """Which of `count` rows (or prompts) a process reads, rolls out and judges: those of its shards, ascending. Default: this one."""
+  if mesh is None or distributed.count() == 1:
+    return np.arange(count)
+  size = count // axis_size(mesh, 'rows')
+  shards = shards_held(mesh, distributed.index() if process is None else process)
+  return np.concatenate([np.arange(shard * size, (shard + 1) * size) for shard in shards])
+
+
+def whole(mesh: Mesh, rows: int) -> int:
+  """How many rows all processes have together where this one has `rows`."""
+  return rows if distributed.count() == 1 else rows * axis_size(mesh, 'rows') // len(shards_held(mesh, distributed.index()))
+
+
+def all_rows(mesh: Mesh | None, x: Array) -> np.ndarray:
+  """[own rows, ...] numbers -> [N, ...] on every process. Where several hold a row, the first one counts for all: a time-out makes one
+  verdict, not two."""
+  if mesh is None or distributed.count() == 1:
+    return np.asarray(x)
+  N, parts = whole(mesh, len(x)), distributed.gather(x)
+  result = np.empty((N, *parts.shape[2:]), parts.dtype)
+  for process in reversed(range(len(parts))):
+    result[own(mesh, N, process)] = parts[process]
+  return result
+
+
+def own_rows(mesh: Mesh | None, tree: PyTree) -> PyTree:
+  """Global arrays [N, ...] -> numpy arrays of this process's rows: the inverse of `put_rows`."""
+  if mesh is None or distributed.count() == 1:
+    return jax.device_get(tree)
+
+  def read(x):
+    x = jax.device_put(x, NamedSharding(mesh, spec('rows')))
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+  return jax.tree.map(read, tree)
+
+
 def put_rows(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Host arrays [N, ...] -> global arrays, rows over the mesh. Raises ValueError where N does not divide."""
+  """Host arrays of the own rows -> global arrays [N, ...], rows over the mesh. One process has all rows. Raises ValueError where N does
+  not divide."""
 
   def put(path, x):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
-    sharding = named(mesh, x.shape, ('rows',) + (None,) * (x.ndim - 1), f'batch {name}')
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    name, N = jax.tree_util.keystr(path, simple=True, separator='.'), whole(mesh, x.shape[0])
+    sharding = named(mesh, (N, *x.shape[1:]), ('rows',) + (None,) * (x.ndim - 1), f'batch {name}')
+    here = own(mesh, N)
+
+    def part(index):
+      start, stop, _ = index[0].indices(N)
+      at = int(np.searchsorted(here, start))
+      return x[at : at + stop - start]
+
+    return jax.make_array_from_callback((N, *x.shape[1:]), sharding, part)
 
   return jax.tree_util.tree_map_with_path(put, jax.tree.map(np.asarray, tree))
+
+
+def widened(batch: Batch, T: int) -> Batch:
+  """The batch (numpy) with T columns; experts of padding are -1, not known."""
+
+  def wide(x, fill=0):
+    return np.pad(x, ((0, 0), (0, T - x.shape[1])) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+
+  columns = [name for name, x in vars(batch).items() if x is not None and (name == 'tokens' or name.endswith('_NT'))]
+  extras = {name: x if x.ndim == 1 else wide(x, -1 if name == 'chosen' else 0) for name, x in batch.extras.items()}
+  return batch.replace(**{name: wide(getattr(batch, name)) for name in columns}, extras=extras)
+
+
+def put_batch(mesh: Mesh, batch: Batch) -> Batch:
+  """`put_rows` of right-padded rows, as wide as the widest of all processes."""
+  T = distributed.largest(batch.tokens.shape[1])
+  return put_rows(mesh, batch if batch.tokens.shape[1] == T else widened(batch, T))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,10 @@
 """One run: build, then the one loop.
 
   python -m rl_reasoning.train --config=FILE.py:NAME=VALUE --workdir=DIR [--config.KEY=VALUE ...] [--overwrite] [--explain[=json]]
+    [--distributed | --coordinator=HOST:PORT --processes=N --process=I]
+
+The same command on every host is one run (the second line; with --distributed TPU, Slurm, GKE or MPI say which host is which). The workdir
+is one that all of them see; the first process writes the files, and of the completions its own.
 
 Exit codes: 0 done, 2 the user's error, 3 diverged, 42 preempted, 130 interrupted.
 
@@ -18,6 +22,7 @@ import contextlib
 import errno
 import json
 import math
+import pathlib
 import signal
 import sys
 import time
@@ -33,11 +38,13 @@ from rl_reasoning import (
   checkpoint,
   config as config_lib,
   data,
+  distributed,
   environment,
   evaluators,
   metrics,
   preemption,
   resolution,
+  sharding,
   tables,
 )
 from rl_reasoning.collect import check_rows, collect
@@ -96,13 +103,26 @@ def write_atomically(path: epath.Path, text: str) -> None:
 def check_frozen(workdir: epath.Path, state: TrainState) -> None:
   """Frozen weights are not in the checkpoint: their fingerprint is, so that a changed source cannot slip into a resumed run."""
   path, found = workdir / 'frozen.json', checkpoint.fingerprints(state.frozen)
-  if path.exists():
+
+  def compare() -> None:
+    if not path.exists():
+      write_atomically(path, json.dumps(found))
+      return
     began = read_json(path)
     for role in found.keys() | began.keys():
       named = 'policy' if role == 'base' else role.removeprefix('base.')  # what adapters adapt: see build.build
       check(found.get(role) == began.get(role), f'roles.{named}.init: its weights are not those that {workdir} began with')
-  else:
-    write_atomically(path, json.dumps(found))
+
+  distributed.from_main(compare)
+
+
+def check_processes(config: Config, keys_set: set[str] | None, workdir: str, overwrite: bool) -> None:
+  """Raises ConfigError where the processes of a run do not run the same."""
+  if distributed.count() > 1:
+    resolved = config_lib.to_dict(resolution.resolve(config, keys_set or set())[0])
+    flags, package = f'--workdir={workdir}' + ' --overwrite' * overwrite, pathlib.Path(__file__).parent
+    code = data.content_hash(sorted(package.rglob('*.py')))
+    distributed.check_same({'config': resolved, 'code': code, 'command': flags, 'jax': jax.__version__})
 
 
 def sync_moving(run: build.Run, before: int, state: TrainState) -> TrainState:
@@ -149,9 +169,11 @@ def loop(
       params, frozen = run.weights(state)
       writer.evaluation(state.step, evaluators.evaluate_all(run, params, problems, folder, frozen))
 
+  def evaluated() -> bool:
+    return state.step in {entry['step'] for entry in metrics.read_jsonl(writer.workdir / 'eval.jsonl')}
+
   if config.eval.at_start if state.step == 0 else last_or_every(state.step, config.eval.every):
-    evaluated = {entry['step'] for entry in metrics.read_jsonl(writer.workdir / 'eval.jsonl')}
-    if state.step == 0 or state.step not in evaluated:  # a step whose evaluation was preempted is saved without it
+    if state.step == 0 or not distributed.from_main(evaluated):  # a step whose evaluation was preempted is saved without it
       run_evaluators()
   while state.step < config.total_steps:
     preemption.check()
@@ -183,7 +205,8 @@ def loop(
       if got.samples:
         samples = got.samples
         if batch.advantage_NT is not None:
-          mean, source = jax.device_get((batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1), batch.source_N))
+          mean = batch.advantage_NT.sum(axis=1) / batch.mask_NT.sum(axis=1).clip(1)
+          mean, source = sharding.own_rows(run.mesh, (mean, batch.source_N))
           samples = [{**s, 'advantage': float(a)} for s, a in zip(samples, mean[source == ROLLOUT], strict=True)]
         writer.completions(step, samples)
     yield state
@@ -216,33 +239,43 @@ def run_loop(
 def train(config: Config, workdir: str, *, keys_set: set[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
   """Trains or resumes to config.total_steps; returns the summary that it also writes. Raises ConfigError, Diverged, Preempted."""
   began, root_dir = time.time(), epath.Path(workdir)
+  check_processes(config, keys_set, workdir, overwrite)
   run = build.build(config, keys_set)
   config = run.config
   chosen = evaluators.make_evaluators(config.eval.evaluators) if config.eval.every else {}
   with jax.set_mesh(run.mesh):
     rows = data.open_train(config.data, config.seed)
     problems = evaluators.test_problems(run) if chosen else {}
-    if overwrite or not (root_dir / 'config.json').exists():
+    if distributed.count() > 1:  # files of one name may hold other rows on another host
+      sources = {**rows.sources, 'pretrain': rows.pretrain}
+      names = {name: source.name for name, source in sources.items() if source is not None}
+      distributed.check_same({'training data': names, 'test data': {n: config_lib.digest(p) for n, p in problems.items()}})
+    if distributed.from_main(lambda: overwrite or not (root_dir / 'config.json').exists()):
       check_rows(run, rows)
       if chosen:
         evaluators.check_problems(run, problems, chosen)
     state = run.init()
     state = state.replace(cursor={**rows.first(), **state.cursor})
-    open_workdir(root_dir, config, overwrite)
+    distributed.from_main(lambda: open_workdir(root_dir, config, overwrite))
+    for process, sees in enumerate(distributed.exchange('sees', str((root_dir / 'config.json').exists()))):
+      check(sees == 'True', f'--workdir={workdir}: what the first process has written there, process {process} does not see')
     finished = root_dir / 'summary.json'
-    if finished.exists():
-      return read_json(finished)
+    if (summary := distributed.from_main(lambda: read_json(finished) if finished.exists() else None)) is not None:
+      return summary
     check_frozen(root_dir, state)
+    writes = distributed.is_main()
     with checkpoint.opened(workdir, config.checkpoint) as manager:
       state = checkpoint.restore(manager, state) or state
-      with contextlib.closing(metrics.Writer(workdir, config.total_steps, state.step)) as writer:
+      opened = metrics.Writer(workdir, config.total_steps, state.step) if writes else metrics.Silent(workdir)
+      with contextlib.closing(opened) as writer:
         state = run_loop(run, rows, problems, state, manager, writer)
   summary = {
     'steps': state.step, 'updates': int(state.updates), 'config_hash': config_lib.digest(config_lib.to_dict(config)),
     'seed': config.seed, 'wall_s': round(time.time() - began, 1), 'evaluations': metrics.read_jsonl(root_dir / 'eval.jsonl'),
   }  # fmt: skip
-  metrics.curves(workdir)
-  write_atomically(finished, json.dumps(summary, indent=1))
+  if writes:
+    metrics.curves(workdir)
+    write_atomically(finished, json.dumps(summary, indent=1))
   return summary
 
 
@@ -305,7 +338,7 @@ def overridden(settings: dict[str, Any], flags: Mapping[str, str]) -> dict[str, 
 
 def parse(argv: list[str]) -> tuple[Config, set[str], dict[str, str]]:
   """Command line -> (config, keys that were set, the other flags)."""
-  flags = read_flags(argv, ('config', 'workdir', 'overwrite', 'explain', 'config.KEY'))
+  flags = read_flags(argv, ('config', 'workdir', 'overwrite', 'explain', *distributed.FLAGS, 'config.KEY'))
   check(flags.get('explain', '') in ('', 'json'), f'--explain={flags.get("explain")}: write --explain or --explain=json')
   settings = overridden(config_lib.read_file(flags['config']), flags)
   return config_lib.resolve(settings), set(config_lib.flatten(settings)), flags
@@ -333,8 +366,11 @@ def command(argv: list[str]) -> None:
     print(json.dumps(explained) if flags['explain'] == 'json' else metrics.explanation(explained))
     return
   check(bool(flags.get('workdir')), '--workdir=DIR is missing')
+  distributed.initialize(flags)
   environment.cache_compilations()
   summary = train(config, flags['workdir'], keys_set=keys_set, overwrite='overwrite' in flags)
+  if not distributed.is_main():
+    return
   columns, rows = evaluation_table([(str(e['step']), e['evaluators']) for e in summary['evaluations']], 'step')
   if rows:
     metrics.summary_table(flags['workdir'], columns, rows)
@@ -342,7 +378,7 @@ def command(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-  return exit_code(command, argv)
+  return distributed.ended(lambda: exit_code(command, argv))
 
 
 if __name__ == '__main__':

@@ -30,9 +30,9 @@ class Numbered:
   def observe(self, cursor, rows, correct):
     return {**cursor, 'seen': cursor.get('seen', []) + [(row['prompt'], c) for row, c in zip(rows, correct, strict=True)]}
 
-  def draw(self, cursor, size):
+  def draw(self, cursor, size, chosen):
     at = cursor['train']
-    return [{'prompt': str(i), 'answer': '5'} for i in range(at, at + size)], {**cursor, 'train': at + size}
+    return [{'prompt': str(at + i), 'answer': '5'} for i in chosen], {**cursor, 'train': at + size}
 
 
 def fake(spread, asked, params, arch, prompts, *, settings, group, prompt_ids, **_):

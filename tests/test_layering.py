@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LEVELS = (
   ('structs', 'config', 'environment', 'preemption', 'arch'),
   (
+    'distributed',
     'sharding',
     'tokenizer',
     'gguf_tokenizer',

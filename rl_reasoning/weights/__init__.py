@@ -226,7 +226,7 @@ def load(path: str, arch: Arch, shardings: PyTree | None = None, heads: tuple[st
 
   def put(w: Weight, sharding=None) -> jax.Array:
     if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharers: dict[str, tuple[Any, list]] = {}  # a part that several devices hold is read once
     for device, index in sharding.addressable_devices_indices_map(w.shape).items():
       sharers.setdefault(str(index), (index, []))[1].append(device)
