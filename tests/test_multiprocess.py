@@ -236,7 +236,9 @@ def killed(count: int, victim: int, sign: int, workdir: pathlib.Path, chosen: di
         assert f'process {process} of {count} ends with code 1' in text or 'another task died' in text
     return time.time() - began
   finally:
-    codes(started, 0.0) if all(one.process.poll() is not None for one in started) else [one.process.kill() for one in started]
+    for one in started:
+      one.process.kill()
+      one.process.wait()
 
 
 @pytest.mark.prove
