@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -96,6 +97,9 @@ def initialize(flags: Mapping[str, str]) -> None:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_S)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f'the processes of the run did not find each other: {error}') from None
+  signal.signal(
+    signal.SIGTERM, signal.getsignal(signal.SIGTERM)
+  )  # JAX has taken it, in C, where Python cannot see it: taken back
   jax.config.update('jax_cpu_enable_async_dispatch', False)  # two programs in flight could wait for each other's peers
   Watch(HANG_S).start()
 

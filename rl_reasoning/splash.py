@@ -32,7 +32,7 @@ def block_of(T: int) -> int:
 def kernel_of(T: int, S: int, heads: int, window: int, cap: float, interpret: bool, head_shards: int, shards: int):
   """The kernel of T queries and S = T keys; of the queries each of `shards` devices has its part."""
   size, across = block_of(T // shards), block_of(S)
-  mask = masks.LocalMask((T, S), (window - 1, 0), 0) if window else masks.CausalMask((T, S), shard_count=shards)
+  mask = masks.LocalMask((T, S), (window - 1, 0), 0, shards) if window else masks.CausalMask((T, S), shard_count=shards)
   return kernel.make_splash_mha(
     masks.MultiHeadMask([mask] * heads),
     block_sizes=kernel.BlockSizes(
@@ -58,7 +58,7 @@ def splash(q: Array, k: Array, v: Array, segment_NT: Array, *, scale: float, win
   segment = jnp.pad(segment_NT, ((0, 0), (0, padding)))
   attend = kernel_of(T + padding, T + padding, q.shape[1], window, cap, interpret, head_shards, shards)
 
-  def own(attend, q: Array, k: Array, v: Array, of_queries: Array, of_keys: Array) -> Array:
+  def own(attend, q: jax.Array, k: jax.Array, v: jax.Array, of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
     return jax.vmap(attend)(q, k, v, kernel.SegmentIds(of_queries, of_keys))
 
   mesh = jax.sharding.get_abstract_mesh()

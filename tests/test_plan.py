@@ -1,10 +1,7 @@
 """Programs compiled for TPU slices by their own compiler, which needs no TPU; what their text says; and what a plan makes of it."""
 
-import importlib.util
 import json
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +9,8 @@ import pytest
 
 from rl_reasoning import build, config, families, hlo, model, phases, roofline, sharding, stored
 from rl_reasoning.presets import PRESETS
+from tests.slices import needs_compiler
 
-LIBRARY = pathlib.Path(sys.prefix) / 'tpu' / 'libtpu' / 'libtpu.so'
-needs_compiler = pytest.mark.skipif(
-  not LIBRARY.exists() and importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: make .venv/.tpu'
-)
 OBJECTIVES = ('sft', 'reward_model', 'dpo', 'ppo', 'grpo', 'distill')
 V, TEACHER = PRESETS['tiny'].vocab_size, ''
 

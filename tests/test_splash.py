@@ -1,7 +1,6 @@
 """Attention of sequences by other code than XLA's: the same numbers, and programs of TPUs and GPUs that hold no scores of all heads."""
 
 import dataclasses
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl_reasoning import attention, config, model, resolution, sharding, splash
+from tests.slices import needs_compiler, slice_of
 from tests.test_model import random_params, rows
 
 ARCH = model.Arch(37, 16, 24, 2, 4, 2, 8, qkv_bias=True)
@@ -158,15 +158,7 @@ def test_blocks():
     assert size % 128 == 0 and size <= 512 and -T % size < max(128, T / 2)
 
 
-def slice_of(topology):
-  """The devices of a slice that need not be there: libtpu compiles for them."""
-  pytest.importorskip('libtpu', reason='libtpu is not installed (requirements-dev.txt has it where there is a wheel)')
-  from jax.experimental import topologies
-
-  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-
-
+@needs_compiler
 @pytest.mark.parametrize('K, H, V, window, cap', [(2, 64, 64, 300, 30.0), (4, 192, 128, 0, 0.0)], ids=['gemma', 'latent'])
 def test_compiles_for_a_slice(K, H, V, window, cap):
   """Failure: the kernels are not compiled for TPUs (a shape they do not take, a look at this machine's devices), or there are scores of all
