@@ -44,17 +44,17 @@ def dot_flops(equation: Any) -> float:
 
 
 def flops(jaxpr: Any, experts: int = 1) -> float:
-  """Of the matmuls of a jaxpr, over all devices: what is recomputed counts again, a scan as often as it runs, a while loop once. Of a
-  kernel what it says of itself; what a shard_map runs, on every device. A device of `experts` meets so many times the rows that it computes
-  with: those of its own experts."""
+  """Of the matmuls of a jaxpr, over all devices: what is recomputed counts again, a scan as often as it runs, a while loop once, a kernel
+  in all steps of its grid (those that find nothing to do, too); what a shard_map runs, on every device. A device of `experts` meets so
+  many times the rows that it computes with: those of its own experts."""
   total = 0.0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general' or name.startswith('ragged_dot'):
       total += dot_flops(equation) / (1 if name == 'dot_general' else experts)
     elif name == 'pallas_call':
-      estimate = params.get('cost_estimate')
-      total += estimate.flops if estimate is not None else 0.0
+      steps = math.prod(size for size in params['grid_mapping'].grid if isinstance(size, int))
+      total += steps * flops(params['jaxpr'], experts)
     else:
       times, own = params['length'] if name == 'scan' else 1, experts
       if name == 'shard_map':

@@ -6,6 +6,7 @@ whole along fsdp only while the layer runs; in decode they are so all the time (
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -114,9 +115,22 @@ def ways(*axes: str) -> int:
   return 1 if mesh.empty else math.prod(axis_size(mesh, axis) for axis in axes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
-  """A weight gathered along fsdp, which lies over 'embed' alone: as a layer reads it."""
+  """A weight gathered along fsdp, which lies over 'embed' alone: as a layer reads it. Its gradient is scattered there again: a plain hint
+  would ask for it whole, too, and twice the bytes would travel."""
   return constrain(x, *(None if axis == 'embed' else axis for axis in axes))
+
+
+def gathered(x, axes):
+  return whole_embed(x, axes), None
+
+
+def scattered(axes, _, gradient):
+  return (constrain(gradient, *axes),)
+
+
+whole_embed.defvjp(gathered, scattered)
 
 
 def shards_held(mesh: Mesh, process: int) -> list[int]:
