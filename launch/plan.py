@@ -9,6 +9,7 @@ Needs libtpu (`make .venv/.tpu`). Exit codes: 0 it fits, 1 it does not, 2 the us
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -31,7 +32,7 @@ if LIBRARY.exists():
 import jax
 from jax.experimental import topologies
 
-from rl_reasoning import build, config as config_lib, hlo, model, phases, resolution, roofline, stored, train
+from rl_reasoning import build, config as config_lib, hlo, model, phases, resolution, roofline, sharding, stored, train
 from rl_reasoning.config import Config, ConfigError, check
 from rl_reasoning.roofline import CHIPS, GIB
 
@@ -47,7 +48,8 @@ def devices_of(topology: str, slices: int) -> Sequence[Any]:
     more = {'num_slices': slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform='tpu', topology_name=topology, **more).devices
   except Exception as error:  # the TPU library raises what it likes
-    raise ConfigError(f'--topology={topology}: {config_lib.one_line(error)}') from error
+    hint = '' if 'TPU_LIBRARY_PATH' in os.environ else ' (the TPU compiler is installed by: make .venv/.tpu)'
+    raise ConfigError(f'--topology={topology}: {config_lib.one_line(error)}{hint}') from error
 
 
 def identity(config: Config, topology: str, slices: int) -> str:
@@ -57,6 +59,7 @@ def identity(config: Config, topology: str, slices: int) -> str:
   versions = {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib')}
   library = pathlib.Path(os.environ.get('TPU_LIBRARY_PATH', ''))
   versions['libtpu'] = str(library.stat().st_size) if library.is_file() else ''
+  versions |= {name: os.environ.get(name, '') for name in ('LIBTPU_INIT_ARGS', 'XLA_FLAGS')}
   return config_lib.digest([config_lib.to_dict(config), topology, slices, code, versions, pathlib.Path(__file__).read_text()])
 
 
@@ -71,13 +74,15 @@ def measured(run: build.Run, topology: str, slices: int) -> Iterator[dict[str, A
       memory = dict.fromkeys(kinds, 0.0)
       for kind, tree in kinds.items():
         memory[kind] = roofline.device_bytes(tree)
-      given = jax.tree.leaves(phase.arguments)
+      lowered, given = phase.program.lower(), jax.tree.leaves(phase.arguments)
+      kept = lowered._lowering.compile_args['kept_var_idx']  # what a program does not read is no argument of it
+      given = [x for n, x in enumerate(given) if n in kept]
       own = roofline.device_bytes([x for x in given if id(x) not in resident])
       absent = whole - roofline.device_bytes([x for x in {id(x): x for x in given}.values() if id(x) in resident])
       cache = roofline.device_bytes([x for x in given if len(x.shape) in (4, 5) and id(x) not in resident])
       memory |= {'cache': cache, 'rows and weights for decode': own - cache}
       try:
-        compiled = phase.program.lower().compile()
+        compiled = lowered.compile()
       except Exception as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
           raise
@@ -87,7 +92,7 @@ def measured(run: build.Run, topology: str, slices: int) -> Iterator[dict[str, A
       memory['temporaries'] = max(0.0, peak - sum(memory.values()))
       told = hlo.collectives(compiled.as_text(), run.mesh)
       flops = roofline.flops(phase.program.jaxpr.jaxpr)
-      cost = roofline.cost(chip, run.mesh, slices, flops, traffic(run, phase, flops), told)
+      cost = roofline.cost(chip, run.mesh, slices, flops, traffic(run, phase, flops, given), told)
       tokens = phase.tokens / run.mesh.size
       yield {
         'phase': phase.name, 'fits': peak <= chip.hbm, 'memory': memory, 'peak': peak, 'limit': chip.hbm, 'runs': phase.runs,
@@ -110,30 +115,30 @@ def passes_of(run: build.Run, phase: phases.Phase, flops: float) -> float:
 
 
 def active(run: build.Run) -> float:
-  """Parameters that a token meets."""
-  return float(
-    model.count(model.weight_table(run.arch, run.objective.heads['policy']), run.arch if run.arch.num_experts else None)
-  )
+  """Parameters that a token is multiplied with: of experts its own, and no embedding that is only looked up."""
+  heads = run.objective.heads['policy']
+  table = model.weight_table(run.arch, heads)
+  if 'lm_head' in table or 'lm' not in heads:
+    table = {name: w for name, w in table.items() if name != 'embed'}
+  return float(model.count(table, run.arch if run.arch.num_experts else None))
 
 
-def traffic(run: build.Run, phase: phases.Phase, flops: float) -> float:
+def traffic(run: build.Run, phase: phases.Phase, flops: float, given: Sequence[Any]) -> float:
   """Bytes of memory that a device moves: arguments and results once; in every pass over the layers all of the weights as they are gathered,
   and what goes into each matmul and comes out of it. Of a cache, what is filled on average."""
-  arguments = roofline.device_bytes(phase.arguments)
+  arguments = roofline.device_bytes(given)
+  mesh, width = run.mesh.shape, 2 if run.config.model.dtype == 'bfloat16' else 4
   if phase.name == 'decode':
-    prompt, completion, _ = phases.lengths(run)
-    filled = (prompt + completion / 2) / (prompt + completion)
-    cache = roofline.device_bytes([x for x in jax.tree.leaves(phase.arguments[2:]) if len(x.shape) in (4, 5)])
-    return arguments - cache * (1 - filled)
+    caches = roofline.device_bytes([x for x in jax.tree.leaves(phase.arguments[2:]) if len(x.shape) == 5])
+    unread = roofline.device_bytes(phase.arguments[0]['embed']) if 'lm_head' in phase.arguments[0] else 0.0
+    return arguments - caches / 2 - unread  # of completions; prompts are read whole
+  if phase.name == 'relayout':
+    return arguments + width * gathered_parameters(run)
   if not phase.tokens or not flops:
     return 2 * arguments
-  mesh, width = run.mesh.shape, 2 if run.config.model.dtype == 'bfloat16' else 4
   table = model.weight_table(run.arch, run.objective.heads['policy'])
-  gathered, moved = 0.0, 0.0
+  gathered, moved = width * gathered_parameters(run), 0.0
   for w in jax.tree.leaves(table, is_leaf=model.is_weight):
-    cut = math.prod(mesh[axis] for name, axis in (('heads', 'tensor'), ('mlp', 'tensor'), ('vocab', 'tensor'), ('expert', 'expert'))
-                    if name in w.axes)  # fmt: skip
-    gathered += width * math.prod(w.shape) / cut
     layers, share = (w.shape[0], 1.0) if w.axes[0] == 'layer' else (1, 1.0)
     inner = w.shape[1:] if w.axes[0] == 'layer' else w.shape
     if '{expert}' in w.hf:
@@ -146,12 +151,23 @@ def traffic(run: build.Run, phase: phases.Phase, flops: float) -> float:
   return 2 * arguments + passes_of(run, phase, flops) * (2 * pieces * gathered + rows * moved)
 
 
+def gathered_parameters(run: build.Run) -> float:
+  """Of the policy, on a device, where they are whole along fsdp."""
+  mesh, total = run.mesh.shape, 0.0
+  for w in jax.tree.leaves(model.weight_table(run.arch, run.objective.heads['policy']), is_leaf=model.is_weight):
+    cut = {rule for axis in w.axes if axis and axis != 'embed' and isinstance(rule := sharding.RULES[axis], str)}
+    total += math.prod(w.shape) / math.prod(mesh[axis] for axis in cut)
+  return total
+
+
 def mfu(run: build.Run, phase: phases.Phase, chip: roofline.Chip, time: float) -> float | None:
-  if not phase.tokens or not time or phase.name == 'prepare':
+  if not phase.tokens or not time or phase.name not in ('prefill', 'decode', 'update'):  # others run several networks, or another
     return None
   prompt, completion, _ = phases.lengths(run)
   context = {'decode': prompt + completion / 2, 'prefill': prompt / 2}.get(phase.name, phases.row_length(run) / 2)
   wanted = roofline.model_flops(run.arch, active(run), phase.tokens, context, phase.name == 'update')
+  if phase.name == 'update':  # a critic is taken to be of the policy's size
+    wanted *= len(run.objective.trainable) * (2 / 3 if run.config.lora.rank else 1)
   return wanted / (time * chip.flops * run.mesh.size)
 
 
@@ -160,7 +176,7 @@ def plan(config: Config, keys_set: set[str], topology: str, slices: int = 1) -> 
   devices = devices_of(topology, slices)
   run = build.build(config, keys_set, devices, stored.SHAPES)
   path = CACHE / f'{identity(run.config, topology, slices)}.json'
-  if path.exists():
+  with contextlib.suppress(OSError, ValueError):  # not there, or damaged
     return json.loads(path.read_text())
   told = list(measured(run, topology, slices))
   times = {p['phase']: p['runs'] * max(p['seconds'].values()) for p in told if p.get('seconds')}
@@ -173,7 +189,9 @@ def plan(config: Config, keys_set: set[str], topology: str, slices: int = 1) -> 
     'advice': [] if all(p['fits'] for p in told) else advice(run, told),
   }  # fmt: skip
   CACHE.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found))
+  part = path.with_suffix('.part')
+  part.write_text(json.dumps(found))
+  part.replace(path)
   return found
 
 
@@ -193,6 +211,8 @@ def advice(run: build.Run, told: Sequence[Mapping[str, Any]]) -> list[str]:
       found.append('mesh.sequence=2 or more: the tokens of a row over several devices')
   if failed & {'decode', 'prefill', 'relayout'}:
     found.append('mesh.tensor (of experts: mesh.expert) twice as large: weights for decode are cut along no other axis')
+    if config.rollout.cache_dtype == 'auto':
+      found.append('rollout.cache_dtype=int8: half of the cache')
     if config.data.batch_size > unit:
       found.append(f'data.batch_size={config.data.batch_size // 2}: half of the cache')
   if state > 0.6 * told[0]['limit']:
@@ -285,22 +305,28 @@ def search(config: Config, keys_set: set[str], topology: str, slices: int, best:
     length = phases.row_length(run) / mesh['sequence']
     kept = rows * length * a.hidden_size * 2 * a.num_hidden_layers
     weights = 2 * model.count(model.weight_table(a)) / (mesh['tensor'] * mesh['expert'])
-    if held + grads + kept + 0.1 * weights > 0.9 * chip.hbm or weights + held > chip.hbm:
+    rolls = 'rollout' in run.objective.sources
+    if held + grads + kept + 0.1 * weights > 0.9 * chip.hbm or rolls * weights + held > chip.hbm:
       continue
     pieces = one.data.batch_size * run.objective.update_rows / one.optim.micro_batch
     sent = pieces * (
       3 * weights * (mesh['fsdp'] > 1) + (mesh['tensor'] > 1) * 8 * a.num_hidden_layers * rows * length * a.hidden_size * 2
     )
+    sent += (mesh['data'] > 1) * 2 * weights
     ranked.append((sent, one))
   check(bool(ranked), f'--search: no mesh over {topology} holds weights, optimizer and activations')
-  ranked.sort(key=lambda item: item[0])
-  return [plan(one, keys_set, topology, slices) for _, one in ranked[:best]]
+  chosen: dict[Any, Config] = {}  # of a mesh the best micro-batch
+  for _, one in sorted(ranked, key=lambda item: item[0]):
+    chosen.setdefault(one.mesh, one)
+  return [plan(one, keys_set, topology, slices) for one in itertools.islice(chosen.values(), best)]
 
 
 def command(argv: list[str]) -> int:
   flags = train.read_flags(argv, FLAGS)
   check(bool(flags.get('topology')), '--topology=NAME is missing, such as v5e:4x4')
   slices = flags.get('slices', '1')
+  folder = pathlib.Path(flags.get('json') or '.').parent
+  check(folder.is_dir(), f'--json={flags.get("json")}: there is no folder {folder}')
   check(slices.isdigit() and int(slices) > 0, f'--slices={slices}: a positive number')
   settings = train.overridden(config_lib.read_file(flags['config']), flags)
   config, keys_set = config_lib.resolve(settings), set(config_lib.flatten(settings))

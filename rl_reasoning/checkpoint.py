@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rl_reasoning import distributed, sharding
 from rl_reasoning.config import Checkpoint, ConfigError, check, digest, one_line
 from rl_reasoning.structs import PyTree, TrainState
 
@@ -67,7 +68,7 @@ def open_manager(workdir: str, settings: Checkpoint | None = None) -> ocp.Checkp
     options = ocp.CheckpointManagerOptions(
       max_to_keep=settings.keep, cleanup_tmp_directories=True, save_root_metadata=False,
       # Made behind the steps, a folder that cannot be made lets the writers wait for it until they time out.
-      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=300),
     )  # fmt: skip
   handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ('params', 'opt', 'rest')}
   return ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, 'position': ocp.JsonCheckpointHandler()})
@@ -79,7 +80,8 @@ def saving(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if 'no space left' not in str(error).lower():
+    told = f'{error} {error.__cause__} {error.__context__}'.lower()  # a barrier that timed out may stand before it
+    if 'no space left' not in told:
       raise
     with contextlib.suppress(OSError):  # orbax's threads may still be writing: what they leave is deleted by the next start
       for left in manager.directory.glob(f'{step}.*tmp*'):
@@ -152,7 +154,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 def restore(manager: ocp.CheckpointManager, like: TrainState) -> TrainState | None:
   """The newest checkpoint onto the shardings of `like`, whose frozen roles it keeps; None where there is none."""
-  step = manager.latest_step()
+  step = distributed.from_main(manager.latest_step)  # a shared folder may look older from another host
   if step is None:
     return None
   parts, position = read(manager, step, abstract(items(like)))
@@ -194,7 +196,9 @@ def restore_params(workdir: str, role: str, shardings: PyTree = None) -> PyTree:
   manager, step, metadata = open_item(workdir, 'params')
   check(role in metadata, f'{workdir}/checkpoints/{step} holds no role {role!r}')
   like = on_one_device(metadata)
-  if shardings is not None:
+  if shardings is not None:  # the others, of which the fingerprint is too, beside it
+    everywhere = sharding.replicated(jax.tree.leaves(shardings)[0].mesh)
+    like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=everywhere), metadata)
     like[role] = jax.tree.map(lambda m, s: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=s), metadata[role], shardings)
   return read(manager, step, {'params': like})[0]['params'][role]
 

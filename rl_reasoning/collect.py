@@ -190,7 +190,7 @@ def accepted_groups(
   """DAPO's dynamic sampling (2503.14476): `data.batch_size` groups whose rewards differ. What is accepted is kept, and new prompts are
   drawn for the rest, at most `max_refills` times; then groups without spread fill up, which prepare masks."""
   B = run.config.data.batch_size
-  devices = sharding.axis_size(run.mesh, 'rows')
+  devices = sharding.axis_size(run.mesh, 'rollout_rows')
   mine, ids, holders = None, [], {}  # the groups here; for every id the processes that hold its group
   good, spare, drawn, refills, paid, judged = [], [], 0, -1, 0.0, 0.0
   while True:

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import pickle
-import signal
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ FLAGS = ('distributed', 'coordinator', 'processes', 'process')
 HEARTBEAT_S = 40  # without a sign of life, so that a dead process has ended the others within a minute; JAX's default is 100
 HANG_S = 600  # without progress: more than a program takes to compile
 GOODBYE_S = 5  # that a process which fails leaves the others to tell their own error
-WAIT_MS = 24 * 3600 * 1000  # who waits for one that died is ended by the heartbeat
+TURN_MS = 1000  # of waiting for another process
 PIECE = 2**20  # bytes of one message to the coordinator
 
 turns = itertools.count()  # numbers the exchanges, equal on all processes
@@ -93,15 +92,24 @@ def initialize(flags: Mapping[str, str]) -> None:
     check(':' in flags['coordinator'], f'--coordinator={flags["coordinator"]}: write HOST:PORT')
     given = {'coordinator_address': flags['coordinator'], 'num_processes': processes, 'process_id': process,
              'cluster_detection_method': 'deactivate'}  # fmt: skip
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself, in C, where Python cannot see it
   try:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_S)
   except (ValueError, RuntimeError) as error:
     raise ConfigError(f'the processes of the run did not find each other: {error}') from None
-  signal.signal(
-    signal.SIGTERM, signal.getsignal(signal.SIGTERM)
-  )  # JAX has taken it, in C, where Python cannot see it: taken back
   jax.config.update('jax_cpu_enable_async_dispatch', False)  # two programs in flight could wait for each other's peers
   Watch(HANG_S).start()
+
+
+def wait_for(get: Callable[[str, int], Any], key: str) -> Any:
+  """What another process sets, however late: who waits for one that died is ended by the heartbeat. In short turns, between which Python
+  hears of signals."""
+  while True:
+    try:
+      return get(key, TURN_MS)
+    except Exception as error:  # JAX has no kind of its own
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
 
 
 def exchange(name: str, text: str) -> list[str]:
@@ -110,7 +118,7 @@ def exchange(name: str, text: str) -> list[str]:
     return [text]
   kv, key = client(), f'rl_reasoning/{next(turns)}/{name}'
   kv.key_value_set(f'{key}/{index()}', text)
-  return [kv.blocking_key_value_get(f'{key}/{p}', WAIT_MS) for p in range(count())]
+  return [wait_for(kv.blocking_key_value_get, f'{key}/{p}') for p in range(count())]
 
 
 def check_same(found: Mapping[str, Any]) -> None:
@@ -173,8 +181,8 @@ def move(outgoing: Mapping[int, Mapping[int, Any]], incoming: Sequence[int]) -> 
   found = {}
   for number in incoming:
     key = f'rl_reasoning/{turn}/{index()}/{number}'
-    pieces = int(kv.blocking_key_value_get(f'{key}/pieces', WAIT_MS))
-    found[number] = pickle.loads(b''.join(kv.blocking_key_value_get_bytes(f'{key}/{n}', WAIT_MS) for n in range(pieces)))
+    pieces = int(wait_for(kv.blocking_key_value_get, f'{key}/pieces'))
+    found[number] = pickle.loads(b''.join(wait_for(kv.blocking_key_value_get_bytes, f'{key}/{n}') for n in range(pieces)))
     kv.key_value_delete(key)  # with all below it
   return found
 

@@ -82,6 +82,10 @@ def uniforms(key: jax.Array, prompt_ids_B: Array, group: int, length: int) -> Ar
   return jax.vmap(lambda b: jax.vmap(lambda g: row(b, g))(jnp.arange(group)))(prompt_ids_B)
 
 
+def placed(layer: kv_cache.Cache) -> kv_cache.Cache:
+  return kv_cache.with_axes(lambda x, axes: sharding.constrain(x, *axes), layer)
+
+
 @functools.partial(jax.jit, static_argnames=('decoder',))
 def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array, u_BGC: Array) -> tuple[tuple, Decoding]:
   """Prompt cache per layer, and the first sampled token of each row."""
@@ -90,9 +94,10 @@ def prefill(params: PyTree, decoder: Decoder, prompts_BP: Array, valid_BP: Array
   hidden, kept = model.forward(params, arch, prompts_BP, valid_BP, position, dtype=decoder.dtype, keep_cache=True)
   k, v = jax.tree.map(lambda x: sharding.constrain(x, None, 'rows', None, sharding.kv_axis(x.shape[3]), None), kept.cache)
   cache = tuple(kv_cache.of(k[i], None if v is None else v[i], decoder.cache_dtype) for i in range(arch.num_hidden_layers))
-  cache = tuple(kv_cache.with_axes(lambda x, axes: sharding.constrain(x, *axes), layer) for layer in cache)
+  cache = tuple(placed(layer) for layer in cache)
   last = sharding.constrain(hidden[:, -1], 'rollout_rows', None)
-  logits = model.logits(last, sharding.whole_embed(model.head(params), ('vocab', 'embed')), arch.final_logit_softcapping)
+  head = sharding.whole_embed(model.head(params).astype(decoder.dtype), ('vocab', 'embed'))
+  logits = model.logits(last, head, arch.final_logit_softcapping)
   logits = sharding.constrain(logits, 'rollout_rows', 'vocab')
   token, logp = decoder.pick(jnp.broadcast_to(logits[:, None], (B, G, logits.shape[-1])), u_BGC[:, :, 0])
 
@@ -155,7 +160,7 @@ def cached_attention(
 @functools.partial(jax.jit, static_argnames=('size',))
 def grow(cache: tuple, size: int) -> tuple:
   """The completion cache with `size` slots."""
-  return tuple(kv_cache.grown(layer, size) for layer in cache)
+  return tuple(placed(kv_cache.grown(layer, size)) for layer in cache)  # what is empty would lie whole on every device
 
 
 @functools.partial(jax.jit, static_argnames=('decoder',), donate_argnames=('state',))

@@ -37,10 +37,15 @@ CHIPS = {  # cloud.google.com/tpu/docs/system-architecture; ICI and DCN: "How to
 
 def dot_flops(equation: Any) -> float:
   a, b = (v.aval.shape for v in equation.invars[:2])
+  out = math.prod(equation.outvars[0].aval.shape)
   if equation.primitive.name.startswith('ragged_dot'):
-    return 2.0 * math.prod(a) * b[-1]  # every row of a [M, K] meets one group of b [G, K, N]
+    numbers = equation.params['ragged_dot_dimension_numbers']
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    if not numbers.rhs_group_dimensions:  # gradients of the groups: every row of a [M, K] meets its own of b [M, N]
+      return 2.0 * math.prod(a) * b[-1]
+    return 2.0 * out * math.prod(a[i] for i in contracted)
   (contracted, _), _ = equation.params['dimension_numbers']
-  return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(a[i] for i in contracted)
+  return 2.0 * out * math.prod(a[i] for i in contracted)
 
 
 def flops(jaxpr: Any, experts: int = 1) -> float:

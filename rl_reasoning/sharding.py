@@ -53,12 +53,19 @@ def make_mesh(
     raise ValueError(f'mesh: {sizes} does not cover the {len(devices)} devices here')
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', 0) for device in devices}) if devices[0].platform == 'tpu' else 1
-  if slices == 1:
+  if devices[0].platform != 'tpu':
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
   if sizes['data'] % slices:
     raise ValueError(f'mesh: {sizes}: data does not divide over the {slices} slices')
-  within = (sizes['data'] // slices, *list(sizes.values())[1:])
-  return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(AXES) - 1)), devices), AXES, axis_types=types)
+  within, between = (sizes['data'] // slices, *list(sizes.values())[1:]), (slices, *(1,) * (len(AXES) - 1))
+  try:  # an axis of the mesh may be a part of one of the torus
+    if slices == 1:
+      laid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    else:
+      laid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+  except NotImplementedError as error:
+    raise ValueError(f'mesh: {sizes}: {error}') from None
+  return Mesh(laid, AXES, axis_types=types)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -72,8 +79,8 @@ def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 
 def check_rows(key: str, count: int, mesh: Mesh) -> None:
-  """Raises ConfigError for a batch size, of the config key, that does not divide over the mesh."""
-  devices = axis_size(mesh, 'rows')
+  """Raises ConfigError for a batch size of rollouts, of the config key, that does not divide over the mesh."""
+  devices = axis_size(mesh, 'rollout_rows')
   check(
     count % devices == 0, f'config key {key!r}: {count} does not divide over the {devices} row shards of mesh {dict(mesh.shape)}'
   )
@@ -115,22 +122,18 @@ def ways(*axes: str) -> int:
   return 1 if mesh.empty else math.prod(axis_size(mesh, axis) for axis in axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
   """A weight gathered along fsdp, which lies over 'embed' alone: as a layer reads it. Its gradient is scattered there again: a plain hint
   would ask for it whole, too, and twice the bytes would travel."""
+  return gathered(x, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x, axes):
   return constrain(x, *(None if axis == 'embed' else axis for axis in axes))
 
 
-def gathered(x, axes):
-  return whole_embed(x, axes), None
-
-
-def scattered(axes, _, gradient):
-  return (constrain(gradient, *axes),)
-
-
-whole_embed.defvjp(gathered, scattered)
+gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
 
 
 def shards_held(mesh: Mesh, process: int) -> list[int]:
@@ -143,8 +146,16 @@ def shards_held(mesh: Mesh, process: int) -> list[int]:
 def check_processes(mesh: Mesh) -> None:
   """Raises ConfigError where processes would have rows of different number: what they tell each other is of one shape."""
   counts = {len(shards_held(mesh, process)) for process in range(distributed.count())}
-  text = f"config key 'mesh.tensor': {mesh.shape['tensor']} cuts a process's devices, so that they hold parts of the rows of unequal number"
-  check(len(counts) == 1, text)
+  cut = {axis: mesh.shape[axis] for axis in ('sequence', 'tensor')}
+  check(
+    len(counts) == 1,
+    f"config section 'mesh': {cut} cut a process's devices, so that they hold parts of the rows of unequal number",
+  )
+  if distributed.count() > 1:
+    check(
+      distributed.index() == jax.process_index(),
+      f'process {distributed.index()} has the devices of process {jax.process_index()}',
+    )
 
 
 def own(mesh: Mesh | None, count: int, process: int | None = None) -> np.ndarray:

@@ -8,8 +8,6 @@ lies, and reads padding, so that no row of scores is empty.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel, splash_attention_mask as masks
@@ -50,9 +48,7 @@ def splash(q: Array, k: Array, v: Array, segment_NT: Array, *, scale: float, win
   all; `cap`: of the scores, 0: none. Every device takes its own rows, heads and queries, and all keys of its rows: a kernel is nothing that
   the compiler could divide."""
   T, shards, head_shards = q.shape[1], sharding.ways('time'), sharding.ways('heads')
-  size = block_of(-(-T // shards))
-  step = math.lcm(size * shards, block_of(T))
-  padding = -T % step
+  padding = -T % (shards * block_of(-(-T // shards)))
   q = q * jnp.asarray(scale, q.dtype)
   q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
   segment = jnp.pad(segment_NT, ((0, 0), (0, padding)))

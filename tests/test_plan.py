@@ -209,8 +209,8 @@ def test_too_large(planner, capsys):
 @needs_compiler
 @pytest.mark.prove
 def test_weak_scaling(planner):
-  """Failure: with more devices, and rows as many times more, a device computes more, or sends other bytes than the formula says: twice the
-  weights gathered along fsdp forward and in the recomputation, once the gradients scattered."""
+  """Failure: with more devices, and rows as many times more, a device computes more, or gathers more bytes than those
+  weights once a pass."""
   told = {}
   for topology, fsdp in (('v5e:2x4', 8), ('v5e:4x8', 32), ('v5e:16x16', 256)):
     settings = config.merge(settings_of('sft', data=1, fsdp=fsdp), {'data': {'batch_size': 2 * fsdp, 'train_size': 1024}})
