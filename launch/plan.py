@@ -67,20 +67,17 @@ def measured(run: build.Run, topology: str, slices: int) -> Iterator[dict[str, A
   """What there is to say of each phase of a step."""
   chip, state = CHIPS[topology.partition(':')[0]], run.init()
   kinds = {'params': state.params, 'optimizer': state.opt, 'frozen': {**state.frozen, **state.moving}}
-  resident = {id(x): kind for kind, tree in kinds.items() for x in jax.tree.leaves(tree)}
-  whole = sum(roofline.device_bytes(tree) for tree in kinds.values())
+  resident = {id(x) for x in jax.tree.leaves(kinds)}
+  held = {kind: roofline.device_bytes(tree) for kind, tree in kinds.items()}
   with jax.set_mesh(run.mesh):
     for phase in phases.phases(run, state):
-      memory = dict.fromkeys(kinds, 0.0)
-      for kind, tree in kinds.items():
-        memory[kind] = roofline.device_bytes(tree)
       lowered, given = phase.program.lower(), jax.tree.leaves(phase.arguments)
       kept = lowered._lowering.compile_args['kept_var_idx']  # what a program does not read is no argument of it
       given = [x for n, x in enumerate(given) if n in kept]
-      own = roofline.device_bytes([x for x in given if id(x) not in resident])
-      absent = whole - roofline.device_bytes([x for x in {id(x): x for x in given}.values() if id(x) in resident])
-      cache = roofline.device_bytes([x for x in given if len(x.shape) in (4, 5) and id(x) not in resident])
-      memory |= {'cache': cache, 'rows and weights for decode': own - cache}
+      others = [x for x in given if id(x) not in resident]
+      absent = sum(held.values()) - roofline.device_bytes([x for x in {id(x): x for x in given}.values() if id(x) in resident])
+      cache = roofline.device_bytes([x for x in others if len(x.shape) in (4, 5)])
+      memory = {**held, 'cache': cache, 'rows and weights for decode': roofline.device_bytes(others) - cache}
       try:
         compiled = lowered.compile()
       except Exception as error:
@@ -275,14 +272,13 @@ def largest(phase: Mapping[str, Any], count: int = 3) -> str:
   )
 
 
-def shapes_to_try(config: Config, keys_set: set[str], devices: Sequence[Any]) -> Iterator[Config]:
+def shapes_to_try(config: Config, count: int) -> Iterator[Config]:
   """Mesh shapes and micro-batches that every size divides over."""
-  count = len(devices)
-  sizes = [n for n in range(1, count + 1) if count % n == 0]
-  for tensor, expert, sequence in itertools.product([n for n in sizes if n <= 16], sizes, [config.mesh.sequence]):
+  sequence, sizes = config.mesh.sequence, [n for n in range(1, count + 1) if count % n == 0]
+  for tensor, expert in itertools.product([n for n in sizes if n <= 16], sizes):
     for fsdp in [n for n in sizes if count % (n * tensor * expert * sequence) == 0]:
       data = count // (fsdp * tensor * expert * sequence)
-      mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert, sequence=sequence)
+      mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, expert=expert)
       for rows in (1, 2, 4, 8):
         micro = rows * data * fsdp * expert
         yield dataclasses.replace(config, mesh=mesh, optim=dataclasses.replace(config.optim, micro_batch=micro))
@@ -293,7 +289,7 @@ def search(config: Config, keys_set: set[str], topology: str, slices: int, best:
   send (weights along fsdp, activations along tensor) and gather."""
   devices, ranked = devices_of(topology, slices), []
   chip = CHIPS[topology.partition(':')[0]]
-  for one in shapes_to_try(config, keys_set, devices):
+  for one in shapes_to_try(config, len(devices)):
     try:
       run = build.build(one, keys_set, devices, stored.SHAPES)
     except ConfigError:  # does not divide

@@ -181,14 +181,13 @@ def weights_of(run: Run, state: TrainState) -> PyTree:
 def decode_axes(arch: model.Arch, weights: PyTree) -> PyTree:
   """Logical axes of what model.decode_weights gives."""
 
-  def whole(axes):
-    return tuple(None if axis == 'embed' else axis for axis in axes)
-
   outer, layers = weights
   stacks = [stack for stack, numbers in arch.stacks.items() for _ in numbers]
   known = {stack: model.layer_axes(arch, stack) for stack in arch.stacks}
   inner = tuple(
-    {name: whole(known[stack].get(name, (None,) * x.ndim)) for name, x in w.items()}  # fused ones: there is no tensor axis
+    {
+      name: sharding.whole_axes(known[stack][name]) if name in known[stack] else (None,) * x.ndim for name, x in w.items()
+    }  # fused ones: there is no tensor axis
     for stack, w in zip(stacks, layers, strict=True)
   )
   return {name: (None,) if name == 'final_norm' else ('vocab', None) for name in outer}, inner

@@ -52,9 +52,9 @@ def make_mesh(
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f'mesh: {sizes} does not cover the {len(devices)} devices here')
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, 'slice_index', 0) for device in devices}) if devices[0].platform == 'tpu' else 1
   if devices[0].platform != 'tpu':
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if sizes['data'] % slices:
     raise ValueError(f'mesh: {sizes}: data does not divide over the {slices} slices')
   within, between = (sizes['data'] // slices, *list(sizes.values())[1:]), (slices, *(1,) * (len(AXES) - 1))
@@ -122,6 +122,11 @@ def ways(*axes: str) -> int:
   return 1 if mesh.empty else math.prod(axis_size(mesh, axis) for axis in axes)
 
 
+def whole_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+  """Of a weight that is whole along fsdp."""
+  return tuple(None if axis == 'embed' else axis for axis in axes)
+
+
 def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
   """A weight gathered along fsdp, which lies over 'embed' alone: as a layer reads it. Its gradient is scattered there again: a plain hint
   would ask for it whole, too, and twice the bytes would travel."""
@@ -130,7 +135,7 @@ def whole_embed(x: Array, axes: tuple[str | None, ...]) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x, axes):
-  return constrain(x, *(None if axis == 'embed' else axis for axis in axes))
+  return constrain(x, *whole_axes(axes))
 
 
 gathered.defvjp(lambda x, axes: (gathered(x, axes), None), lambda axes, _, gradient: (constrain(gradient, *axes),))
